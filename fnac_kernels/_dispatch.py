@@ -1,0 +1,192 @@
+"""Which backend runs a call, and why another one does not.
+
+A backend is a module below ``fnac_kernels.backends`` that offers the functions listed in :data:`PRIMITIVES`.
+It is imported when it is first asked for; a failure is remembered and explained, not raised at import.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+#: What a backend module offers; the contracts stand in ``backends/README.md``.
+PRIMITIVES = (
+    "max_logits",
+    "pool_pairs",
+    "foreground_pool",
+    "feature_backward",
+    "adjacency",
+    "adjacency_backward",
+)
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run the kernels: its module, the tensors it takes, and a probe that says why it is not usable."""
+
+    name: str
+    module: str
+    device: str
+    probe: Callable[[], str | None]
+
+    @functools.cached_property
+    def problem(self) -> str | None:
+        """None when usable here, otherwise one sentence that says why not and what would help."""
+        return self.probe()
+
+    def load(self) -> Any:
+        """The module; raises RuntimeError with the cause and a way out when the backend is not usable."""
+        if self.problem is not None:
+            raise RuntimeError(f"fnac_kernels backend {self.name!r} is not available: {self.problem}")
+        return importlib.import_module(self.module)
+
+
+def _probe_cpu() -> str | None:
+    from fnac_kernels import _native
+
+    return _native.problem()
+
+
+def _probe_cuda() -> str | None:
+    from fnac_kernels import _native
+
+    return _native.cuda_problem()
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _probe_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if importlib.util.find_spec("fnac_kernels.backends.triton") is None:
+        return "this build of fnac_kernels has no Triton kernels"
+    if not torch.cuda.is_available() and not _interpreting():
+        return "torch sees no CUDA device (TRITON_INTERPRET=1 runs the kernels in Triton's slow interpreter)"
+    return None
+
+
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        Backend("cpu", "fnac_kernels.backends.cpu", "cpu", _probe_cpu),
+        Backend("triton", "fnac_kernels.backends.triton", "cuda", _probe_triton),
+        Backend("cuda", "fnac_kernels.backends.cuda", "cuda", _probe_cuda),
+    )
+}
+NAMES = (REFERENCE, *BACKENDS)
+#: What is tried for a device, in this order.
+PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+
+_override: str | None = None
+
+
+class use_backend:
+    """Make every call use one backend, from here on or for a ``with`` block. ``None`` restores the automatic choice.
+
+    Like ``torch.set_grad_enabled`` it takes effect when called; as a context manager it puts the previous choice back.
+    The choice is the process's. ``FNAC_BACKEND`` sets it from outside, the ``backend`` argument goes before both.
+
+    Raises:
+        ValueError: ``name`` is not a backend.
+        RuntimeError: the backend is not usable here; the message says why and what would help.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _override
+        if name is not None:
+            check_name(name, "name")
+            if name != REFERENCE:
+                BACKENDS[name].load()
+        self._previous = _override
+        _override = name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global _override
+        _override = self._previous
+
+
+def check_name(name: str, argument: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"{argument} is {name!r}; it should be one of {', '.join(map(repr, NAMES))}, or None")
+
+
+def requested(backend: str | None) -> str | None:
+    """The backend that the caller asks for by argument, by :class:`use_backend` or by ``FNAC_BACKEND``."""
+    if backend is not None:
+        check_name(backend, "backend")
+        return backend
+    return _override if _override is not None else _from_environment()
+
+
+@torch.compiler.assume_constant_result
+def _from_environment() -> str | None:
+    name = os.environ.get("FNAC_BACKEND") or None
+    if name is not None:
+        check_name(name, "FNAC_BACKEND")
+    return name
+
+
+@torch.compiler.assume_constant_result
+def select(name: str | None, device: str, dtype: torch.dtype) -> str:
+    """The backend that serves tensors of this device and dtype. A request (``name``) never falls back.
+
+    Raises:
+        RuntimeError: the requested backend is not usable here.
+        ValueError, TypeError: the requested backend does not take this device or dtype.
+    """
+    if name == REFERENCE:
+        return REFERENCE
+    if name is not None:
+        backend = BACKENDS[name]
+        backend.load()
+        if dtype == torch.float64:
+            raise TypeError(
+                f"backend {name!r} takes float32, bfloat16 and float16, the tensors are float64; "
+                "backend='reference' takes float64"
+            )
+        if device != backend.device and not (name == "triton" and _interpreting()):
+            raise ValueError(
+                f"backend {name!r} takes tensors on {backend.device}, these are on {device}; "
+                f"move them, or use backend={_for_device(device)!r}"
+            )
+        return name
+    if dtype == torch.float64:
+        return REFERENCE
+    return _for_device(device)
+
+
+def _for_device(device: str) -> str:
+    for candidate in PREFERENCE.get(device, ()):
+        if BACKENDS[candidate].problem is None:
+            return candidate
+    _warn_reference(device)
+    return REFERENCE
+
+
+@functools.cache
+def _warn_reference(device: str) -> None:
+    reasons = "; ".join(f"{name}: {BACKENDS[name].problem}" for name in PREFERENCE.get(device, ()))
+    warnings.warn(
+        f"fnac_kernels runs plain PyTorch on {device} tensors: no compiled backend is usable there "
+        f"({reasons or 'none exists'})",
+        stacklevel=2,
+    )
+
+
+def explain() -> dict[str, str | None]:
+    """Every backend's name with None where it is usable, otherwise the reason why it is not."""
+    return {REFERENCE: None, **{name: backend.problem for name, backend in BACKENDS.items()}}

@@ -1,0 +1,59 @@
+"""What this machine and this installation offer: ``fnac_kernels.info()`` and ``python -m fnac_kernels``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import torch
+
+from fnac_kernels import _dispatch, _native
+
+
+def info() -> dict[str, Any]:
+    """Versions, devices, instruction sets, and per backend None (usable) or the reason why it is not."""
+    return {
+        "versions": {
+            "fnac_kernels": _version("fnac-kernels"),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": _version("triton"),
+        },
+        "cpu": {
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+            **_native.cpu_features(),
+        },
+        "cuda": {
+            "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            **_native.cuda_features(),
+        },
+        "backends": _dispatch.explain(),
+        "automatic": {
+            device: next((name for name in names if _dispatch.BACKENDS[name].problem is None), _dispatch.REFERENCE)
+            for device, names in _dispatch.PREFERENCE.items()
+        },
+    }
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def render() -> str:
+    """:func:`info` as text, a line each."""
+    facts = info()
+    lines = [f"{name:<14}{version}" for name, version in facts["versions"].items()]
+    for section in ("cpu", "cuda"):
+        for key, value in facts[section].items():
+            shown = ", ".join(map(str, value)) or "none" if isinstance(value, (list, tuple)) else value
+            lines.append(f"{section + ' ' + key:<24}{shown}")
+    lines.append("")
+    for name, problem in facts["backends"].items():
+        lines.append(f"backend {name:<12}{'usable' if problem is None else 'not usable: ' + problem}")
+    lines += [f"{device} tensors run on {name}" for device, name in facts["automatic"].items()]
+    return "\n".join(lines)

@@ -1,0 +1,504 @@
+"""Operator schemas, fake kernels and autograd formulas; nothing else.
+
+Each operator takes the name of its backend, looks the primitives up in ``_dispatch`` and composes them. The four
+differentiable operators have explicit backward operators, so ``torch.compile`` sees both directions as opaque calls.
+``fnac_loss`` is an operator of its own so that all gradients of the image features meet in one write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fnac_kernels import _dispatch
+
+#: Columns of ``row_stats``: room for what any backend's backward needs of a row.
+ROW_STATS = 12
+
+_lib = torch.library.Library("fnac_kernels", "DEF")
+
+
+def _define(schema: str, implementation: Any, fake: Any) -> None:
+    name = schema.partition("(")[0]
+    _lib.define(schema)
+    _lib.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fnac_kernels::{name}", fake, lib=_lib)
+
+
+def _primitives(backend: str) -> Any:
+    return _dispatch.BACKENDS[backend].load()
+
+
+def _dense(img: Tensor) -> Tensor:
+    """``img`` in NCHW or channels_last memory; a copy only where its strides are neither."""
+    if img.is_contiguous() or img.is_contiguous(memory_format=torch.channels_last):
+        return img
+    return img.contiguous()
+
+
+def _like_features(img: Tensor, aud: Tensor | None, need_img: bool, need_aud: bool) -> tuple[Tensor, Tensor]:
+    """Fake gradients; an unwanted one is an empty tensor, because an operator cannot return None."""
+    dimg = torch.empty_like(_dense(img)) if need_img else img.new_empty(0)
+    daud = (
+        torch.empty_like(aud, memory_format=torch.contiguous_format)
+        if need_aud and aud is not None
+        else img.new_empty(0)
+    )
+    return dimg, daud
+
+
+def _float(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape, dtype=torch.float32)
+
+
+def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "fnac_kernels' compiled backends have no second derivative; use backend='reference' where you need one"
+    )
+
+
+def _wanted(ctx: Any, *positions: int) -> list[bool]:
+    return [ctx.needs_input_grad[i] for i in positions]
+
+
+# --- features: the one backward that serves max_logits, pool_pairs and foreground_pool ------------------------------
+
+
+def _feature_backward(
+    img: Tensor,
+    aud: Tensor | None,
+    tau: float,
+    grad_logits: Tensor | None,
+    argmax: Tensor | None,
+    grad_maps: Tensor | None,
+    mask: Tensor | None,
+    grad_avg: Tensor | None,
+    grad_foreground: Tensor | None,
+    need_img: bool,
+    need_aud: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    def dense(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.contiguous()
+
+    img = _dense(img)
+    dimg, daud = _primitives(backend).feature_backward(
+        img,
+        dense(aud),
+        tau,
+        grad_logits=dense(grad_logits),
+        argmax=argmax,
+        grad_maps=dense(grad_maps),
+        mask=mask,
+        grad_avg=dense(grad_avg),
+        grad_foreground=dense(grad_foreground),
+        need_img=need_img,
+        need_aud=need_aud and aud is not None,
+    )
+    return img.new_empty(0) if dimg is None else dimg, img.new_empty(0) if daud is None else daud
+
+
+def _feature_backward_fake(img, aud, *args):
+    return _like_features(img, aud, need_img=args[-3], need_aud=args[-2])
+
+
+_define(
+    "feature_backward(Tensor img, Tensor? aud, float tau, Tensor? grad_logits, Tensor? argmax, Tensor? grad_maps, "
+    "Tensor? mask, Tensor? grad_avg, Tensor? grad_foreground, bool need_img, bool need_aud, str backend) "
+    "-> (Tensor, Tensor)",
+    _feature_backward,
+    _feature_backward_fake,
+)
+torch.library.register_autograd("fnac_kernels::feature_backward", _no_double_backward, lib=_lib)
+
+
+def _call_feature_backward(
+    ctx: Any,
+    img: Tensor,
+    aud: Tensor | None,
+    need_img: bool,
+    need_aud: bool,
+    **grads: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    names = ("grad_logits", "argmax", "grad_maps", "mask", "grad_avg", "grad_foreground")
+    dimg, daud = torch.ops.fnac_kernels.feature_backward(
+        img, aud, ctx.tau, *(grads.get(name) for name in names), need_img, need_aud, ctx.backend
+    )
+    return dimg if need_img else None, daud if need_aud else None
+
+
+# --- max_logits -----------------------------------------------------------------------------------------------------
+
+
+def _max_logits(img: Tensor, aud: Tensor, tau: float, backend: str) -> tuple[Tensor, Tensor]:
+    return _primitives(backend).max_logits(_dense(img), aud.contiguous(), tau)
+
+
+def _max_logits_fake(img: Tensor, aud: Tensor, tau: float, backend: str) -> tuple[Tensor, Tensor]:
+    shape = (img.shape[0], aud.shape[0])
+    return _float(img, *shape), img.new_empty(shape, dtype=torch.uint16)
+
+
+def _max_logits_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    img, aud, ctx.tau, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(img, aud, output[1])
+
+
+def _max_logits_backward(ctx: Any, grad_logits: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if grad_logits is None:
+        return None, None, None, None
+    img, aud, argmax = ctx.saved_tensors
+    need = _wanted(ctx, 0, 1)
+    return *_call_feature_backward(ctx, img, aud, *need, grad_logits=grad_logits, argmax=argmax), None, None
+
+
+_define(
+    "max_logits(Tensor img, Tensor aud, float tau, str backend) -> (Tensor, Tensor)",
+    _max_logits,
+    _max_logits_fake,
+)
+torch.library.register_autograd(
+    "fnac_kernels::max_logits", _max_logits_backward, setup_context=_max_logits_setup, lib=_lib
+)
+
+
+# --- pool_pairs -----------------------------------------------------------------------------------------------------
+
+
+def _pool_pairs(
+    img: Tensor, aud: Tensor, tau: float, threshold: float, pooled: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _primitives(backend).pool_pairs(_dense(img), aud.contiguous(), tau, threshold, pooled)
+
+
+def _pool_pairs_fake(
+    img: Tensor, aud: Tensor, tau: float, threshold: float, pooled: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, c, h, w = img.shape
+    rows = n if pooled else 0
+    return (
+        _float(img, n, h, w),
+        img.new_empty((rows, h, w), dtype=torch.bool),
+        _float(img, rows, c),
+        _float(img, rows, c),
+    )
+
+
+def _pool_pairs_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    img, aud, ctx.tau, _, _, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(img, aud, output[1])
+
+
+def _pool_pairs_backward(
+    ctx: Any, grad_maps: Tensor | None, _: Any, grad_avg: Tensor | None, grad_foreground: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    img, aud, mask = ctx.saved_tensors
+    dimg, daud = _call_feature_backward(
+        ctx,
+        img,
+        aud,
+        *_wanted(ctx, 0, 1),
+        grad_maps=grad_maps,
+        mask=mask if grad_foreground is not None else None,
+        grad_avg=grad_avg,
+        grad_foreground=grad_foreground,
+    )
+    return dimg, daud, None, None, None, None
+
+
+_define(
+    "pool_pairs(Tensor img, Tensor aud, float tau, float threshold, bool pooled, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _pool_pairs,
+    _pool_pairs_fake,
+)
+torch.library.register_autograd(
+    "fnac_kernels::pool_pairs", _pool_pairs_backward, setup_context=_pool_pairs_setup, lib=_lib
+)
+
+
+# --- foreground_pool ------------------------------------------------------------------------------------------------
+
+
+def _foreground_pool(img: Tensor, maps: Tensor, threshold: float, backend: str) -> tuple[Tensor, Tensor]:
+    return _primitives(backend).foreground_pool(_dense(img), maps.float().contiguous(), threshold)
+
+
+def _foreground_pool_fake(img: Tensor, maps: Tensor, threshold: float, backend: str) -> tuple[Tensor, Tensor]:
+    n, c, h, w = img.shape
+    return _float(img, n, c), img.new_empty((n, h, w), dtype=torch.bool)
+
+
+def _foreground_pool_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    img, _, _, ctx.backend = inputs
+    ctx.tau = 1.0
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(img, output[1])
+
+
+def _foreground_pool_backward(ctx: Any, grad_foreground: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if grad_foreground is None or not ctx.needs_input_grad[0]:
+        return None, None, None, None
+    img, mask = ctx.saved_tensors
+    dimg, _ = _call_feature_backward(ctx, img, None, True, False, mask=mask, grad_foreground=grad_foreground)
+    return dimg, None, None, None
+
+
+_define(
+    "foreground_pool(Tensor img, Tensor maps, float threshold, str backend) -> (Tensor, Tensor)",
+    _foreground_pool,
+    _foreground_pool_fake,
+)
+torch.library.register_autograd(
+    "fnac_kernels::foreground_pool", _foreground_pool_backward, setup_context=_foreground_pool_setup, lib=_lib
+)
+
+
+# --- adjacency_contrastive ------------------------------------------------------------------------------------------
+
+
+def _adjacency(
+    logits: Tensor,
+    aud: Tensor,
+    img_avg: Tensor,
+    foreground: Tensor,
+    tau: float,
+    weights: Sequence[float],
+    adjacency_threshold: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pooled = (x.float().contiguous() for x in (logits, aud, img_avg, foreground))
+    return _primitives(backend).adjacency(*pooled, tau, tuple(weights), adjacency_threshold)
+
+
+def _adjacency_fake(
+    logits: Tensor,
+    aud: Tensor,
+    img_avg: Tensor,
+    foreground: Tensor,
+    tau: float,
+    weights: Sequence[float],
+    adjacency_threshold: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n = logits.shape[0]
+    return _float(logits), _float(logits, 4), _float(logits, n, ROW_STATS), _float(logits, n)
+
+
+def _adjacency_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, aud, img_avg, foreground, ctx.tau, ctx.weights, ctx.adjacency_threshold, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, aud, img_avg, foreground, output[2], output[3])
+
+
+def _adjacency_backward(
+    ctx: Any, grad_loss: Tensor | None, grad_terms: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.fnac_kernels.adjacency_backward(
+        grad_loss, grad_terms, *ctx.saved_tensors, ctx.tau, ctx.weights, ctx.adjacency_threshold, ctx.backend
+    )
+    wanted = (grad if needed else None for grad, needed in zip(grads, _wanted(ctx, 0, 1, 2, 3), strict=True))
+    return *wanted, None, None, None, None
+
+
+def _adjacency_backward_op(
+    grad_loss: Tensor | None,
+    grad_terms: Tensor | None,
+    logits: Tensor,
+    aud: Tensor,
+    img_avg: Tensor,
+    foreground: Tensor,
+    row_stats: Tensor,
+    col_lse: Tensor,
+    tau: float,
+    weights: Sequence[float],
+    adjacency_threshold: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = (logits, aud, img_avg, foreground)
+    grads = _primitives(backend).adjacency_backward(
+        grad_loss,
+        None if grad_terms is None else grad_terms.contiguous(),
+        *(x.float().contiguous() for x in inputs),
+        row_stats,
+        col_lse,
+        tau,
+        tuple(weights),
+        adjacency_threshold,
+    )
+    dlogits, daud, davg, dforeground = (g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
+    return dlogits, daud, davg, dforeground
+
+
+def _adjacency_backward_fake(grad_loss, grad_terms, logits, aud, img_avg, foreground, *_):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (logits, aud, img_avg, foreground))
+
+
+_define(
+    "adjacency_contrastive(Tensor logits, Tensor aud, Tensor img_avg, Tensor foreground, float tau, float[] weights, "
+    "float? adjacency_threshold, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _adjacency,
+    _adjacency_fake,
+)
+torch.library.register_autograd(
+    "fnac_kernels::adjacency_contrastive", _adjacency_backward, setup_context=_adjacency_setup, lib=_lib
+)
+_define(
+    "adjacency_backward(Tensor? grad_loss, Tensor? grad_terms, Tensor logits, Tensor aud, Tensor img_avg, "
+    "Tensor foreground, Tensor row_stats, Tensor col_lse, float tau, float[] weights, float? adjacency_threshold, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _adjacency_backward_op,
+    _adjacency_backward_fake,
+)
+torch.library.register_autograd("fnac_kernels::adjacency_backward", _no_double_backward, lib=_lib)
+
+
+# --- fnac_loss ------------------------------------------------------------------------------------------------------
+
+
+def _needs_pooled(weights: Sequence[float]) -> bool:
+    """Whether a term reads the mean or the foreground feature."""
+    return bool(weights[2] or weights[3])
+
+
+def _fnac_loss(
+    img: Tensor,
+    aud: Tensor,
+    tau: float,
+    threshold: float,
+    weights: Sequence[float],
+    adjacency_threshold: float | None,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    primitives = _primitives(backend)
+    img, aud = _dense(img), aud.contiguous()
+    logits, argmax = primitives.max_logits(img, aud, tau)
+    pooled = primitives.pool_pairs(img, aud, tau, threshold, _needs_pooled(weights))
+    maps, mask, img_avg, foreground = pooled
+    loss, terms, row_stats, col_lse = primitives.adjacency(
+        logits, aud.float(), img_avg, foreground, tau, tuple(weights), adjacency_threshold
+    )
+    return loss, terms, maps, logits, argmax, mask, img_avg, foreground, row_stats, col_lse
+
+
+def _fnac_loss_fake(
+    img: Tensor,
+    aud: Tensor,
+    tau: float,
+    threshold: float,
+    weights: Sequence[float],
+    adjacency_threshold: float | None,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    logits, argmax = _max_logits_fake(img, aud, tau, backend)
+    maps, mask, avg, foreground = _pool_pairs_fake(img, aud, tau, threshold, _needs_pooled(weights), backend)
+    loss, terms, row_stats, col_lse = _adjacency_fake(logits, aud, avg, foreground, tau, weights, None, backend)
+    return loss, terms, maps, logits, argmax, mask, avg, foreground, row_stats, col_lse
+
+
+def _fnac_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    img, aud, ctx.tau, _, ctx.weights, ctx.adjacency_threshold, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(img, aud, *output[3:])
+
+
+def _fnac_loss_backward(
+    ctx: Any, grad_loss: Tensor | None, grad_terms: Tensor | None, grad_maps: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
+    dimg, daud = torch.ops.fnac_kernels.fnac_loss_backward(
+        grad_loss,
+        grad_terms,
+        grad_maps,
+        *ctx.saved_tensors,
+        ctx.tau,
+        ctx.weights,
+        ctx.adjacency_threshold,
+        *_wanted(ctx, 0, 1),
+        ctx.backend,
+    )
+    need_img, need_aud = _wanted(ctx, 0, 1)
+    return dimg if need_img else None, daud if need_aud else None, None, None, None, None, None
+
+
+def _fnac_loss_backward_op(
+    grad_loss: Tensor | None,
+    grad_terms: Tensor | None,
+    grad_maps: Tensor | None,
+    img: Tensor,
+    aud: Tensor,
+    logits: Tensor,
+    argmax: Tensor,
+    mask: Tensor,
+    img_avg: Tensor,
+    foreground: Tensor,
+    row_stats: Tensor,
+    col_lse: Tensor,
+    tau: float,
+    weights: Sequence[float],
+    adjacency_threshold: float | None,
+    need_img: bool,
+    need_aud: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    dlogits = daud_adjacency = dimg_avg = dforeground = None
+    if grad_loss is not None or grad_terms is not None:
+        dlogits, daud_adjacency, dimg_avg, dforeground = _primitives(backend).adjacency_backward(
+            grad_loss,
+            None if grad_terms is None else grad_terms.contiguous(),
+            logits,
+            aud.float().contiguous(),
+            img_avg,
+            foreground,
+            row_stats,
+            col_lse,
+            tau,
+            tuple(weights),
+            adjacency_threshold,
+        )
+    pooled = dforeground is not None and _needs_pooled(weights)
+    dimg, daud = _feature_backward(
+        img,
+        aud,
+        tau,
+        dlogits,
+        argmax if dlogits is not None else None,
+        grad_maps,
+        mask if pooled else None,
+        dimg_avg if pooled else None,
+        dforeground if pooled else None,
+        need_img,
+        need_aud,
+        backend,
+    )
+    if need_aud and daud_adjacency is not None:
+        daud += daud_adjacency
+    return dimg, daud
+
+
+def _fnac_loss_backward_fake(grad_loss, grad_terms, grad_maps, img, aud, *args):
+    return _like_features(img, aud, need_img=args[-3], need_aud=args[-2])
+
+
+_define(
+    "fnac_loss(Tensor img, Tensor aud, float tau, float threshold, float[] weights, float? adjacency_threshold, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fnac_loss,
+    _fnac_loss_fake,
+)
+torch.library.register_autograd(
+    "fnac_kernels::fnac_loss", _fnac_loss_backward, setup_context=_fnac_loss_setup, lib=_lib
+)
+_define(
+    "fnac_loss_backward(Tensor? grad_loss, Tensor? grad_terms, Tensor? grad_maps, Tensor img, Tensor aud, "
+    "Tensor logits, Tensor argmax, Tensor mask, Tensor img_avg, Tensor foreground, Tensor row_stats, Tensor col_lse, "
+    "float tau, float[] weights, float? adjacency_threshold, bool need_img, bool need_aud, str backend) "
+    "-> (Tensor, Tensor)",
+    _fnac_loss_backward_op,
+    _fnac_loss_backward_fake,
+)
+torch.library.register_autograd("fnac_kernels::fnac_loss_backward", _no_double_backward, lib=_lib)

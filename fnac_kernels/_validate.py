@@ -1,0 +1,84 @@
+"""Every check of the public functions' arguments, in one place: name the argument, what it is, what it should be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_CELLS = 65535  # a cell's index is kept in 16 bits
+
+
+def features(img: Tensor, aud: Tensor, *, paired: bool = False) -> None:
+    """``img`` is a feature map (N, C, H, W) and ``aud`` an embedding (M, C) of the same dtype on the same device."""
+    tensor(img, "img", 4, "(N, C, H, W)")
+    tensor(aud, "aud", 2, "(M, C)")
+    same(aud, "aud", img, "img")
+    if img.shape[1] != aud.shape[1]:
+        raise ValueError(f"aud has {aud.shape[1]} channels, img has {img.shape[1]}; they should be equal")
+    cells(img)
+    if paired and img.shape[0] != aud.shape[0]:
+        raise ValueError(
+            f"aud has {aud.shape[0]} rows, img has {img.shape[0]}; this function pairs row n of img with row n of aud, "
+            "so N should equal M"
+        )
+
+
+def cells(img: Tensor) -> None:
+    count = img.shape[2] * img.shape[3]
+    if count > MAX_CELLS:
+        raise ValueError(f"img has {img.shape[2]} x {img.shape[3]} = {count} cells; at most {MAX_CELLS} are supported")
+
+
+def tensor(x: Tensor, name: str, dims: int, shape: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}; it should be a torch.Tensor of shape {shape}")
+    if x.dim() != dims:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; it should be {shape}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} is {x.dtype}; it should be float32, bfloat16, float16 or float64")
+    if x.numel() == 0:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, which is empty; every size should be at least 1")
+
+
+def same(x: Tensor, name: str, other: Tensor, other_name: str, *, dtype: bool = True) -> None:
+    if x.device != other.device:
+        raise ValueError(f"{name} is on {x.device}, {other_name} on {other.device}; they should be on one device")
+    if dtype and x.dtype != other.dtype:
+        raise TypeError(f"{name} is {x.dtype}, {other_name} is {other.dtype}; they should have one dtype")
+
+
+def shape(x: Tensor, name: str, expected: tuple[int, ...], meaning: str) -> None:
+    if tuple(x.shape) != expected:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; it should be {meaning} = {expected}")
+
+
+def temperature(tau: float) -> float:
+    tau = number(tau, "tau")
+    if not tau > 0:
+        raise ValueError(f"tau is {tau}; it should be positive")
+    return tau
+
+
+def number(value: float, name: str) -> float:
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name} is a tensor; it should be a Python number (it gets no gradient)")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r}; it should be a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; it should be finite")
+    return float(value)
+
+
+def optional_number(value: float | None, name: str) -> float | None:
+    return None if value is None else number(value, name)
+
+
+def weights(values: Sequence[float]) -> tuple[float, float, float, float]:
+    if isinstance(values, Tensor) or not isinstance(values, Sequence) or len(values) != 4:
+        raise ValueError(f"weights is {values!r}; it should be four numbers (nce, fns_audio, tne, fns_visual)")
+    nce, fns_audio, tne, fns_visual = (number(v, f"weights[{i}]") for i, v in enumerate(values))
+    return nce, fns_audio, tne, fns_visual

@@ -1,0 +1,94 @@
+"""Make the official FNAC_AVL model class run on these kernels.
+
+Facts about that class (github.com/OpenNLPLab/FNAC_AVL, ``model.py``): ``FNAC.calculate_loss(img, aud, name)`` returns
+``[nce, loss1, loss2, loss3], Slogits`` with ``Slogits`` of shape ``(N, M, H, W)``; the model keeps its temperature in
+``tau`` and the foreground threshold in ``high_conf_thresh``; its ``forward`` reads nothing of ``Slogits`` but the
+matched pairs, ``Slogits[arange(B), arange(B)]``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fnac_kernels.functional import fnac_loss, similarity_maps
+
+
+class LazySimilarity:
+    """Stands in for ``Slogits``: matched pairs come from the maps at hand, anything else builds the whole tensor once.
+
+    It takes indexing, attributes and methods of a tensor, and torch functions.
+    """
+
+    def __init__(self, img: Tensor, aud: Tensor, tau: float, maps: Tensor) -> None:
+        self._img, self._aud, self._tau, self._maps = img, aud, tau, maps
+        self._whole: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self._img), len(self._aud), *self._img.shape[2:]))
+
+    def __len__(self) -> int:
+        return len(self._img)
+
+    def tensor(self) -> Tensor:
+        """The whole ``(N, M, H, W)`` tensor, built when first asked for."""
+        if self._whole is None:
+            self._whole = similarity_maps(self._img, self._aud, self._tau)
+        return self._whole
+
+    def __getitem__(self, index: Any) -> Tensor:
+        if (
+            isinstance(index, tuple)
+            and len(index) == 2
+            and _is_arange(index[0], len(self))
+            and _is_arange(index[1], len(self))
+        ):
+            return self._maps
+        return self.tensor()[index]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.tensor(), name)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        def whole(x: Any) -> Any:
+            if isinstance(x, cls):
+                return x.tensor()
+            return type(x)(map(whole, x)) if isinstance(x, (list, tuple)) else x
+
+        return func(*map(whole, args), **{k: whole(v) for k, v in (kwargs or {}).items()})
+
+
+def _is_arange(index: Any, length: int) -> bool:
+    return (
+        isinstance(index, Tensor)
+        and index.shape == (length,)
+        and index.dtype in (torch.int64, torch.int32)
+        and torch.equal(index.cpu(), torch.arange(length, dtype=index.dtype))
+    )
+
+
+def patch_fnac_avl(model_class: type, *, backend: str | None = None) -> type:
+    """Replace ``calculate_loss`` of the official ``FNAC`` class by the fused loss; returns the class.
+
+    ``patch_fnac_avl(FNAC)`` is the one line a training script needs. The class's own ``tau`` and ``high_conf_thresh``
+    are read at each call, results and their order are the official ones, and ``Slogits`` is never built unless the
+    caller indexes it other than by the matched pairs.
+
+    Raises:
+        TypeError: ``model_class`` is not a class with a ``calculate_loss`` method.
+    """
+    if not (isinstance(model_class, type) and callable(getattr(model_class, "calculate_loss", None))):
+        raise TypeError(f"model_class is {model_class!r}; it should be the official FNAC class, with calculate_loss")
+
+    def calculate_loss(self: Any, img: Tensor, aud: Tensor, name: Any = None) -> tuple[list[Tensor], LazySimilarity]:
+        out = fnac_loss(img, aud, self.tau, fg_threshold=self.high_conf_thresh, weights=(1, 1, 1, 1), backend=backend)
+        return [out.nce, out.fns_audio, out.tne, out.fns_visual], LazySimilarity(img, aud, self.tau, out.maps)
+
+    model_class.calculate_loss = calculate_loss  # type: ignore[attr-defined]
+    return model_class

@@ -1,0 +1,203 @@
+"""START HERE: the public functions. Each checks its arguments, chooses a backend, and calls one operator.
+
+Common to all: ``img`` is the image feature map ``(N, C, H, W)``, contiguous or channels_last, ``aud`` the audio
+embedding ``(M, C)``, both usually L2-normalised over C by the caller (nothing here needs that). Both are float32,
+bfloat16 or float16 (float64 runs on the reference). Results are float32 (float64 for float64), gradients have their
+input's dtype. Under autocast the features are cast to the autocast dtype first, as ``einsum`` would cast them.
+
+``backend``: None chooses by device (CPU tensors: ``cpu``; CUDA tensors: ``triton``, then ``cuda``; ``reference`` where
+none is usable); a name is an order, never falls back, and says why it cannot be followed.
+
+Bad arguments raise ValueError or TypeError that name the argument, before any kernel runs. NaN and inf propagate as
+they do in plain PyTorch. Second derivatives exist on ``backend="reference"`` only.
+
+Source of every formula: arXiv 2303.11302; :mod:`fnac_kernels.reference` spells them out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fnac_kernels import _dispatch, _ops, _validate, reference
+from fnac_kernels.reference import FNACOutput, Terms
+
+_kernels = torch.ops.fnac_kernels
+assert _ops  # importing it registers the operators
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype that autocast asks for on their device; unchanged outside autocast."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _backend(requested: str | None, x: Tensor) -> str:
+    return _dispatch.select(_dispatch.requested(requested), x.device.type, x.dtype)
+
+
+def fnac_loss(
+    img: Tensor,
+    aud: Tensor,
+    tau: float = 0.03,
+    *,
+    fg_threshold: float = 0.6,
+    weights: Sequence[float] = (1, 100, 100, 100),
+    adjacency_threshold: float | None = None,
+    backend: str | None = None,
+) -> FNACOutput:
+    """The FNAC loss of a batch of N matched pairs, without building the ``N x N x H x W`` similarity tensor.
+
+    ``loss = weights . (nce, fns_audio, tne, fns_visual)``. ``nce`` is the sum of both InfoNCE directions over the
+    max-pooled logits; the three others are mean absolute differences between row-softmaxed adjacency matrices (audio
+    and logits, audio and foreground, mean image and logits). The mean divides by N*N, so the published weight 100
+    belongs to a batch of 256: at another batch size the same weight weighs the terms differently.
+
+    Args:
+        img: ``(N, C, H, W)``, at most 65535 cells.
+        aud: ``(N, C)``.
+        tau: temperature, positive.
+        fg_threshold: cells whose min-max normalised similarity exceeds it are foreground (no gradient through it).
+        weights: of nce, fns_audio, tne, fns_visual. A term of weight 0 is not computed and is returned as 0.
+        adjacency_threshold: pairs (n, m), n != m, whose ``aud[n] . aud[m]`` reaches it leave both InfoNCE
+            denominators (hard false-negative masking). None is the published method.
+        backend: see the module's docstring.
+
+    Returns:
+        FNACOutput of scalars ``loss, nce, fns_audio, tne, fns_visual`` and ``maps (N, H, W)``, the similarity of each
+        matched pair divided by tau. All are differentiable.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described here.
+        RuntimeError: the requested backend is not usable.
+    """
+    _validate.features(img, aud, paired=True)
+    tau = _validate.temperature(tau)
+    fg_threshold = _validate.number(fg_threshold, "fg_threshold")
+    weights = _validate.weights(weights)
+    adjacency_threshold = _validate.optional_number(adjacency_threshold, "adjacency_threshold")
+    img, aud = _autocast(img, aud)
+    name = _backend(backend, img)
+    if name == _dispatch.REFERENCE:
+        with torch.autocast(img.device.type, enabled=False):
+            return reference.fnac_loss(
+                img,
+                aud,
+                tau,
+                fg_threshold=fg_threshold,
+                weights=weights,
+                adjacency_threshold=adjacency_threshold,
+            )
+    loss, terms, maps, *_ = _kernels.fnac_loss(img, aud, tau, fg_threshold, weights, adjacency_threshold, name)
+    nce, fns_audio, tne, fns_visual = terms.unbind()
+    return FNACOutput(loss, nce, fns_audio, tne, fns_visual, maps)
+
+
+def max_logits(img: Tensor, aud: Tensor, tau: float = 0.03, *, backend: str | None = None) -> Tensor:
+    """``L[n, m] = max over cells of <img[n, :, h, w], aud[m]> / tau``: logits ``(N, M)``, N and M free.
+
+    The gradient of a logit goes to its winning cell, the first of equal ones.
+    """
+    _validate.features(img, aud)
+    tau = _validate.temperature(tau)
+    img, aud = _autocast(img, aud)
+    name = _backend(backend, img)
+    if name == _dispatch.REFERENCE:
+        with torch.autocast(img.device.type, enabled=False):
+            return reference.max_logits(img, aud, tau)
+    return _kernels.max_logits(img, aud, tau, name)[0]
+
+
+def similarity_maps(img: Tensor, aud: Tensor, tau: float = 0.03, *, backend: str | None = None) -> Tensor:
+    """``S[n, m, h, w] = <img[n, :, h, w], aud[m]> / tau``: the whole tensor ``(N, M, H, W)``, for those who want it.
+
+    It is one matrix product whose result is as large as it is, so every backend leaves it to PyTorch's GEMM.
+    """
+    _validate.features(img, aud)
+    tau = _validate.temperature(tau)
+    img, aud = _autocast(img, aud)
+    _backend(backend, img)  # an order that cannot be followed is an error here too
+    with torch.autocast(img.device.type, enabled=False):
+        return reference.similarity_maps(img, aud, tau)
+
+
+def paired_maps(img: Tensor, aud: Tensor, tau: float = 0.03, *, backend: str | None = None) -> Tensor:
+    """``maps[n] = <img[n, :, h, w], aud[n]> / tau``: the localization map of each matched pair, ``(N, H, W)``."""
+    _validate.features(img, aud, paired=True)
+    tau = _validate.temperature(tau)
+    img, aud = _autocast(img, aud)
+    name = _backend(backend, img)
+    if name == _dispatch.REFERENCE:
+        with torch.autocast(img.device.type, enabled=False):
+            return reference.paired_maps(img, aud, tau)
+    return _kernels.pool_pairs(img, aud, tau, 0.0, False, name)[0]
+
+
+def foreground_pool(img: Tensor, maps: Tensor, threshold: float = 0.6, *, backend: str | None = None) -> Tensor:
+    """Mean over *all* H*W cells of ``img * [minmax(maps) > threshold]``: foreground features ``(N, C)``.
+
+    ``minmax(x) = (x - min) / (max - min + 1e-5)`` per map. ``maps`` is ``(N, H, W)`` of any floating dtype and gets no
+    gradient.
+    """
+    _validate.tensor(img, "img", 4, "(N, C, H, W)")
+    _validate.cells(img)
+    _validate.tensor(maps, "maps", 3, "(N, H, W)")
+    _validate.same(maps, "maps", img, "img", dtype=False)
+    _validate.shape(maps, "maps", (img.shape[0], *img.shape[2:]), "img's (N, H, W)")
+    threshold = _validate.number(threshold, "threshold")
+    (img,) = _autocast(img)
+    name = _backend(backend, img)
+    if name == _dispatch.REFERENCE:
+        with torch.autocast(img.device.type, enabled=False):
+            return reference.foreground_pool(img, maps, threshold)
+    return _kernels.foreground_pool(img, maps.detach(), threshold, name)[0]
+
+
+def adjacency_contrastive(
+    logits: Tensor,
+    aud: Tensor,
+    img_avg: Tensor,
+    foreground: Tensor,
+    tau: float = 0.03,
+    *,
+    weights: Sequence[float] = (1, 1, 1, 1),
+    adjacency_threshold: float | None = None,
+    backend: str | None = None,
+) -> Terms:
+    """The four terms of :func:`fnac_loss` from the pooled quantities.
+
+    Args:
+        logits: ``(N, N)``, from :func:`max_logits`.
+        aud, img_avg, foreground: ``(N, C)``: audio embeddings, mean image features, foreground features.
+        tau: temperature of the adjacency matrices (the logits carry theirs already).
+        weights: only whether each is 0 matters here: that term is not computed and is returned as 0.
+        adjacency_threshold, backend: as in :func:`fnac_loss`.
+    """
+    _validate.tensor(logits, "logits", 2, "(N, N)")
+    n = logits.shape[0]
+    _validate.shape(logits, "logits", (n, n), "(N, N)")
+    for x, label in ((aud, "aud"), (img_avg, "img_avg"), (foreground, "foreground")):
+        _validate.tensor(x, label, 2, "(N, C)")
+        _validate.same(x, label, logits, "logits", dtype=False)
+        _validate.shape(x, label, (n, aud.shape[1]), "(N, C)")
+    tau = _validate.temperature(tau)
+    weights = _validate.weights(weights)
+    adjacency_threshold = _validate.optional_number(adjacency_threshold, "adjacency_threshold")
+    wide = any(x.dtype == torch.float64 for x in (logits, aud, img_avg, foreground))
+    name = _dispatch.select(_dispatch.requested(backend), logits.device.type, torch.float64 if wide else torch.float32)
+    if name == _dispatch.REFERENCE:
+        with torch.autocast(logits.device.type, enabled=False):
+            if wide:
+                logits, aud, img_avg, foreground = (x.double() for x in (logits, aud, img_avg, foreground))
+            return reference.adjacency_contrastive(
+                logits, aud, img_avg, foreground, tau, weights=weights, adjacency_threshold=adjacency_threshold
+            )
+    _, terms, *_ = _kernels.adjacency_contrastive(
+        logits, aud, img_avg, foreground, tau, weights, adjacency_threshold, name
+    )
+    return Terms(*terms.unbind())
