@@ -1,0 +1,21 @@
+"""Shared fixtures: which backends the table runs on, and on which device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fnac_kernels import _dispatch
+
+
+@pytest.fixture(autouse=True)
+def _restore_backend():
+    """A test that calls ``use_backend`` leaves no trace."""
+    previous = _dispatch._override
+    yield
+    _dispatch._override = previous
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

@@ -1,0 +1,50 @@
+"""Every backend that is usable here computes what the reference specifies: values and gradients, over the table."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from samples import CASE_IDS, CASES, Op, Sample
+from tolerance import Run, assert_as_good_as_torch, flips, run
+
+from fnac_kernels import _dispatch
+
+USABLE = [name for name, backend in _dispatch.BACKENDS.items() if backend.problem is None]
+
+
+def device_of(backend: str) -> str:
+    return "cpu" if not torch.cuda.is_available() else _dispatch.BACKENDS[backend].device
+
+
+@functools.cache
+def exact(op: Op, sample: Sample) -> Run:
+    return run(op, sample, "reference", dtype=torch.float64)
+
+
+@functools.cache
+def by_torch(op: Op, sample: Sample) -> Run:
+    return run(op, sample, "reference")
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize(("op", "sample"), CASES, ids=CASE_IDS)
+def test_values_and_gradients_are_as_good_as_torch(op, sample, backend):
+    got = run(op, sample, backend, device=device_of(backend))
+    assert_as_good_as_torch(got, by_torch(op, sample), exact(op, sample), sample.dtype)
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("sample", sorted({s for _, s in CASES}, key=str), ids=str)
+def test_the_argmax_is_the_first_of_the_largest(sample, backend):
+    img, aud = sample.features(device_of(backend))
+    _, argmax = torch.ops.fnac_kernels.max_logits(img, aud, sample.tau, backend)
+    assert flips(argmax, img, aud) == 0
+
+
+def test_the_reference_is_its_own_gradient():
+    img = torch.randn(3, 4, 2, 3, dtype=torch.float64, requires_grad=True)
+    aud = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    for op in {op for op, _ in CASES}:
+        assert torch.autograd.gradcheck(lambda i, a, op=op: op.run(i, a, 0.5, "reference"), (img, aud))
