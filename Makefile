@@ -1,0 +1,38 @@
+# Two commands do everything: `make demo` and `make test`. Both make .venv on first use and reuse it afterwards.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := $(shell find csrc CMakeLists.txt setup.py pyproject.toml constraints.txt -type f 2>/dev/null)
+
+.PHONY: install test lint format demo clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.created:
+	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), f'Python 3.11 or newer is needed, this is {sys.version}'"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	touch $@
+
+# Installs the pinned set and compiles the native module; runs again when the sources or the pins change.
+$(VENV)/.installed: $(VENV)/.created $(NATIVE)
+	$(BIN)/python -m pip install --quiet -c constraints.txt "setuptools>=65" wheel pybind11 cmake ninja
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[train,test]"
+	touch $@
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	find csrc -name '*.cpp' -o -name '*.h' | xargs -r $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	find csrc -name '*.cpp' -o -name '*.h' | xargs -r $(BIN)/clang-format -i
+
+test: lint
+	$(BIN)/python -m pytest -q tests
+
+clean:
+	rm -rf build *.egg-info fnac_kernels/*.so

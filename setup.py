@@ -1,0 +1,5 @@
+"""Package metadata lives in pyproject.toml."""
+
+from setuptools import setup
+
+setup()
