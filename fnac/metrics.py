@@ -1,0 +1,136 @@
+"""How well a map finds the sounding object: cIoU and what is derived from it, pointing, and maps that need no model.
+
+Maps and ground truths are ``(N, S, S)``, S = 224 as published; a ground truth holds values in 0..1 (the union of the
+boxes for VGG-SS, the annotators' consensus for Flickr). Scores are float64, per sample, independent of the batch.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import Metric
+
+SIZE = 224
+THRESHOLDS = 0.05 * torch.arange(21, dtype=torch.float64)  # of the success rate under which the AUC is taken
+
+Upsampling = Literal["bicubic", "bilinear_align_corners"]
+
+
+def upsample(maps: Tensor, size: int = SIZE, mode: Upsampling = "bicubic") -> Tensor:
+    """Bring localization maps ``(N, h, w)`` to float32 ``(N, size, size)``: the one place that does.
+
+    The official code trains and tests VGG-SS with ``"bicubic"``; another of its test functions has
+    ``"bilinear_align_corners"``. Scores depend on the choice, so it belongs beside them.
+    """
+    if maps.ndim != 3:
+        raise ValueError(f"maps must have shape (N, h, w), got {tuple(maps.shape)}")
+    if mode == "bicubic":
+        larger = F.interpolate(maps[:, None].float(), (size, size), mode="bicubic", align_corners=False)
+    elif mode == "bilinear_align_corners":
+        larger = F.interpolate(maps[:, None].float(), (size, size), mode="bilinear", align_corners=True)
+    else:
+        raise ValueError(f'mode must be "bicubic" or "bilinear_align_corners", got {mode!r}')
+    return larger[:, 0]
+
+
+def ciou(maps: Tensor, gt: Tensor) -> Tensor:
+    """Consensus IoU (N,) of the map's upper half: pixels that are at least the map's own median (sorted element n/2).
+
+    ``sum(P * G) / (sum(G) + sum(P where G = 0))``; 0 for an empty ground truth. A constant map counts every pixel.
+    Source: Senocak et al., CVPR 2018, with the median threshold of EZ-VSL and FNAC.
+    """
+    maps, gt = _flat(maps, gt)
+    median = maps.kthvalue(maps.shape[1] // 2 + 1, dim=1, keepdim=True).values
+    return _consensus_iou(maps >= median, gt)
+
+
+def adaptive_ciou(maps: Tensor, gt: Tensor) -> Tensor:
+    """Consensus IoU (N,) of as many of the map's highest pixels as the ground truth covers (more where they tie)."""
+    maps, gt = _flat(maps, gt)
+    area = (gt > 0).sum(dim=1, keepdim=True)
+    ranked = maps.sort(dim=1, descending=True).values
+    return _consensus_iou(maps >= ranked.gather(1, (area - 1).clamp(min=0)), gt)
+
+
+def pointing(maps: Tensor, gt: Tensor) -> Tensor:
+    """1 (N,) where the map's peak lies in the ground truth, else 0; several equal peaks share the answer."""
+    maps, gt = _flat(maps, gt)
+    peaks = maps == maps.amax(dim=1, keepdim=True)
+    return (peaks & (gt > 0)).sum(dim=1).double() / peaks.sum(dim=1)
+
+
+def _flat(maps: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:
+    if maps.ndim != 3 or maps.shape != gt.shape:
+        raise ValueError(f"maps and gt must both have shape (N, S, S), got {tuple(maps.shape)} and {tuple(gt.shape)}")
+    if not maps.isfinite().all():
+        raise ValueError("maps must be finite, got NaN or infinite values")
+    return maps.flatten(1), gt.flatten(1)
+
+
+def _consensus_iou(predicted: Tensor, gt: Tensor) -> Tensor:
+    gt = gt.double()
+    hit = (predicted * gt).sum(dim=1)
+    false_alarm = (predicted & (gt == 0)).sum(dim=1)
+    return hit / (gt.sum(dim=1) + false_alarm).clamp(min=1e-12)  # the bound only matters where hit is 0
+
+
+class LocalizationScores(Metric):
+    """Scores over a data set, from maps and ground truths ``(N, S, S)``; sharded evaluation adds up exactly.
+
+    ``compute()`` gives float64 scalars: ``ap50`` (share of samples with cIoU >= 0.5, what papers report as cIoU),
+    ``ciou`` (average), ``auc`` (trapezoid of the success rate over thresholds 0, 0.05 .. 1), ``pointing`` and
+    ``adaptive_ciou``.
+    """
+
+    full_state_update = False
+    totals: Tensor  # sums over samples: 1, cIoU, pointing, adaptive cIoU
+    successes: Tensor  # samples at or above each threshold
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("totals", torch.zeros(4, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("successes", torch.zeros(len(THRESHOLDS), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, maps: Tensor, gt: Tensor) -> None:
+        """Add samples."""
+        values = ciou(maps, gt)
+        columns = torch.stack([torch.ones_like(values), values, pointing(maps, gt), adaptive_ciou(maps, gt)])
+        # A model cast to bfloat16 casts its metrics' states too, while they are still zero.
+        self.totals = self.totals.double() + columns.sum(dim=1)
+        self.successes += (values[:, None] >= THRESHOLDS.to(values.device)).sum(dim=0)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The scores of all samples so far, in 0..1."""
+        count, *sums = self.totals.double()
+        average, peak, adaptive = (total / count for total in sums)
+        success_rate = self.successes / count
+        return {
+            "ap50": success_rate[10],
+            "ciou": average,
+            "auc": torch.trapezoid(success_rate, THRESHOLDS.to(success_rate.device)),
+            "pointing": peak,
+            "adaptive_ciou": adaptive,
+        }
+
+
+def centre_box(gt: Tensor) -> Tensor:
+    """Maps like ``gt`` that fall off from the centre in squares: the upper half is a centred box of half the frame."""
+    height, width = gt.shape[1:]
+    y = (torch.arange(height, device=gt.device) - (height - 1) / 2).abs() / height
+    x = (torch.arange(width, device=gt.device) - (width - 1) / 2).abs() / width
+    return (1 - torch.maximum(y[:, None], x[None, :])).expand(gt.shape)
+
+
+def whole_frame(gt: Tensor) -> Tensor:
+    """Constant maps like ``gt``: every pixel counts as predicted."""
+    return torch.ones_like(gt, dtype=torch.float32)
+
+
+def oracle(gt: Tensor) -> Tensor:
+    """Maps whose upper half is the best half frame there is: the ground truth, highest first, and other pixels."""
+    # Distinct values, or the median of a small ground truth would be 0 and let every pixel in.
+    order = torch.arange(gt[0].numel(), device=gt.device).view(gt.shape[1:]) / gt[0].numel()
+    return torch.where(gt > 0, 1 + gt.double(), 0) * 2 + order.double()
