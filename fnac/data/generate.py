@@ -139,11 +139,13 @@ def _available_cores() -> int:
 
 def _write(root: Path, recipe: Recipe, workers: int, progress: bool) -> None:
     clips = [(split, index) for split in SPLITS for index in range(getattr(recipe, split))]
-    for split in SPLITS:
+    splits = [split for split in SPLITS if getattr(recipe, split)]
+    root.mkdir(parents=True)
+    for split in splits:
         (root / split / "frames").mkdir(parents=True)
         if split != "single":
             (root / split / "audio").mkdir()
-    annotations: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    annotations: dict[str, list[dict[str, Any]]] = {split: [] for split in splits}
     write_clip = partial(_write_clip, root, recipe)
     with ExitStack() as stack:
         entries: Any = starmap(write_clip, clips)

@@ -1,0 +1,274 @@
+"""The Lightning data module, with sampling that a resumed run continues exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
+
+from fnac.audio import SEGMENT, Masks
+from fnac.data.layout import ClipFolder
+from fnac.data.leakage import OnLeakage, refuse_leakage
+from fnac.data.vggss import Augmentation, ClipDataset, OnBadClip
+
+
+class ClipData(LightningDataModule):
+    """Training, validation and test clips.
+
+    Args:
+        root: folder of a generated data set (``fnac make-data``), whose ``train``, ``val`` and ``test`` are used where
+            the next three are not given.
+        train: training clips. Neither their boxes nor their classes are trained on.
+        val: annotated clips for validation; none, no validation.
+        test: annotated clips for testing and predicting (which needs no annotations).
+        batch_size: clips per step and process.
+        num_workers: processes that decode; 0 decodes in the training process.
+        image_size: side of the images in pixels.
+        sample_rate: of the sounds in Hz; files of another rate are resampled.
+        clip_seconds: length of sound, from the middle of the file, repeated if that is shorter.
+        flip: mirror half of the training frames.
+        masks: fill of the training masks on spectrograms: "mean", or "official" for what the official code does
+            (0, which is loud, at places drawn over the wrong axis), or "none".
+        mask_width: bound of the masks' widths.
+        seed: of the order of training clips and of augmentation.
+        on_bad_clip: "skip" leaves training clips out whose files are missing or unreadable, and says how many;
+            validation and test never do.
+        on_leakage: what to do before training if clips of ``val`` or ``test`` are also in ``train``.
+        cache: keep decoded clips in memory (of each worker), for small sets.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        train: ClipFolder | None = None,
+        val: ClipFolder | None = None,
+        test: ClipFolder | None = None,
+        batch_size: int = 256,
+        num_workers: int = 0,
+        image_size: int = 224,
+        sample_rate: int = 16_000,
+        clip_seconds: float = 3.0,
+        flip: bool = True,
+        masks: Masks = "mean",
+        mask_width: int = 10,
+        seed: int = 0,
+        on_bad_clip: OnBadClip = "error",
+        on_leakage: OnLeakage = "error",
+        cache: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("image_size", image_size, 1),
+            ("sample_rate", sample_rate, 1),
+            ("seed", seed, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if round(clip_seconds * sample_rate) < SEGMENT:
+            raise ValueError(
+                f"clip_seconds must give at least {SEGMENT} samples, got {clip_seconds} s at {sample_rate} Hz"
+            )
+        self.folders = {"train": train, "val": val, "test": test}
+        if root is not None:
+            self.folders = {split: folder or generated_split(root, split) for split, folder in self.folders.items()}
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.augmentation = Augmentation(flip, masks, mask_width)
+        self.on_bad_clip, self.on_leakage = on_bad_clip, on_leakage
+        self.reading: dict[str, Any] = {
+            "image_size": image_size,
+            "sample_rate": sample_rate,
+            "clip_seconds": clip_seconds,
+            "cache": cache,
+        }
+        self._sets: dict[str, ClipDataset] = {}
+
+    @property
+    def train_set(self) -> ClipDataset:
+        """The training clips, augmented."""
+        return self._set("train")
+
+    @property
+    def val_set(self) -> ClipDataset:
+        """The validation clips."""
+        return self._set("val")
+
+    @property
+    def test_set(self) -> ClipDataset:
+        """The test clips."""
+        return self._set("test")
+
+    def _set(self, split: str) -> ClipDataset:
+        if split not in self._sets:
+            folder = self.folders[split]
+            if folder is None:
+                raise ValueError(f"{split}: there are no {split} clips; give their folder, or a root that holds some")
+            training: dict[str, Any] = {}
+            if split == "train":
+                training = {"augmentation": self.augmentation, "seed": self.seed, "on_bad_clip": self.on_bad_clip}
+            self._sets[split] = ClipDataset(folder, **self.reading, **training)
+        return self._sets[split]
+
+    def setup(self, stage: str) -> None:
+        """Find all files of the stage; before training, look for leakage and clips to train on."""
+        if stage == "fit":
+            if len(self.train_set) < self.batch_size * self._world()["num_replicas"]:
+                raise ValueError(
+                    f"batch_size must be at most the number of training clips per process: got {self.batch_size}, "
+                    f"with {len(self.train_set)} clips for {self._world()['num_replicas']} process(es)"
+                )
+            for split in ("val", "test"):
+                if self.folders[split] is not None:
+                    refuse_leakage(self.train_set.names, self._set(split).names, split, self.on_leakage)
+        for split in {"validate": ["val"], "test": ["test"]}.get(stage, []):
+            if self._set(split).clips[0].annotation is None:
+                raise ValueError(f"{split}: annotations are needed to evaluate, got none")
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled by seed and epoch; batches are all full."""
+        sampler = EpochSampler(self.train_set, seed=self.seed, drop_last=True, **self._world())
+        return ResumableLoader(self.train_set, sampler=sampler, drop_last=True, **self._loading())
+
+    def val_dataloader(self) -> DataLoader | list:
+        """In order, each clip once; nothing where there are no validation clips."""
+        return [] if self.folders["val"] is None else self._evaluation_loader(self.val_set)
+
+    def test_dataloader(self) -> DataLoader:
+        """In order, each clip once."""
+        return self._evaluation_loader(self.test_set)
+
+    def predict_dataloader(self) -> DataLoader:
+        """The test clips."""
+        return self._evaluation_loader(self.test_set)
+
+    def _evaluation_loader(self, dataset: ClipDataset) -> DataLoader:
+        # Shards without the repeats that would make them equal: a score over repeats is another score.
+        sampler = UnrepeatedDistributedSampler(dataset, shuffle=False, **self._world())
+        return DataLoader(dataset, sampler=sampler, **self._loading())
+
+    def _world(self) -> dict[str, int]:
+        trainer = self.trainer
+        return (
+            {"num_replicas": trainer.world_size, "rank": trainer.global_rank}
+            if trainer
+            else {"num_replicas": 1, "rank": 0}
+        )
+
+    def _loading(self) -> dict[str, Any]:
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            "collate_fn": collate,
+        }
+
+
+def generated_split(root: str | Path, split: str) -> ClipFolder | None:
+    """A split of a generated data set: ``"train"``, ``"val"``, ``"test"``, or ``"single"``, which has no sounds.
+
+    None if the data set was made without it.
+
+    Raises:
+        FileNotFoundError: ``root`` is not a generated data set.
+    """
+    if not (Path(root) / "manifest.json").is_file():
+        raise FileNotFoundError(f"root: {root} holds no generated data set; make one with `fnac make-data {root}`")
+    folder = Path(root) / split
+    if not folder.is_dir():
+        return None
+    audio = None if split == "single" else "audio"
+    return ClipFolder(str(folder), audio=audio, annotations=str(folder / "annotations.json"))
+
+
+def single_object_loaders(
+    root: str | Path, *, image_size: int, batch_size: int, seed: int
+) -> tuple[DataLoader, DataLoader]:
+    """Loaders of single-object frames of a generated data set: training (augmented), and a held-out tenth.
+
+    Batches are dicts with ``image``, ``label`` and ``name``, see :class:`~fnac.data.vggss.ClipDataset`.
+    """
+    folder = generated_split(root, "single")
+    if folder is None:
+        raise ValueError(f"root: {root} was made without single-object frames")
+    reading: dict[str, Any] = {"image_size": image_size, "cache": True}
+    names = ClipDataset(folder).names
+    cut = len(names) - max(len(names) // 10, 1)
+    if cut < batch_size:
+        raise ValueError(f"batch_size must be at most {cut}, the number of frames to train on, got {batch_size}")
+    train = ClipDataset(folder, **reading, names=names[:cut], augmentation=Augmentation(), seed=seed)
+    held_out = ClipDataset(folder, **reading, names=names[cut:])
+    sampler = EpochSampler(train, num_replicas=1, rank=0, seed=seed, drop_last=True)
+    return (
+        DataLoader(train, batch_size, sampler=sampler, drop_last=True, collate_fn=collate),
+        DataLoader(held_out, batch_size, collate_fn=collate),
+    )
+
+
+class EpochSampler(DistributedSampler):
+    """Shuffles by seed and epoch, and yields (epoch, index), so that a data set's augmentation can follow the epoch.
+
+    The first ``skip`` items of the next pass are left out.
+    """
+
+    skip = 0
+
+    def __init__(self, dataset: Dataset, *, num_replicas: int, rank: int, seed: int, drop_last: bool) -> None:
+        # The base class shuffles by seed + epoch: apart, or neighbouring seeds share their epochs' orders.
+        super().__init__(dataset, num_replicas, rank, shuffle=True, seed=seed * 100_003, drop_last=drop_last)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch, skip, self.skip = self.epoch, self.skip, 0
+        return ((epoch, index) for index in islice(super().__iter__(), skip, None))
+
+
+class ResumableLoader(DataLoader):
+    """A training loader that can go on within an epoch: Lightning keeps its state in checkpoints.
+
+    It also counts the clips that :func:`collate` left out, and says how many they were.
+    """
+
+    given = 0
+    resume: dict[str, int] | None = None
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # A generator, so nothing happens before the first batch is asked for: by then Lightning has set the epoch.
+        resume, self.resume = self.resume, None
+        self.given = resume["given"] if resume and resume["epoch"] == self._epoch() else 0
+        batch_size, skipped = self.batch_size or 1, 0
+        if isinstance(self.sampler, EpochSampler):
+            self.sampler.skip = self.given * batch_size
+        for batch in super().__iter__():
+            self.given += 1
+            skipped += batch_size - len(batch["name"])
+            yield batch
+        if skipped:
+            rank_zero_warn(f"{skipped} unreadable training clips were skipped in this epoch")
+
+    def _epoch(self) -> int:
+        # Lightning replaces the sampler where it is told to overfit some batches.
+        return self.sampler.epoch if isinstance(self.sampler, EpochSampler) else 0
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch, and how many of its batches have been given."""
+        return {"epoch": self._epoch(), "given": self.given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Let the next pass go on after those batches, if it is over the same epoch."""
+        self.resume = dict(state)
+
+
+def collate(samples: list[dict[str, Any] | None]) -> dict[str, Any]:
+    """Default collation of those samples that are not None (unreadable, to be skipped)."""
+    read = [sample for sample in samples if sample is not None]
+    if not read:
+        raise ValueError("no clip of a batch could be read")
+    return default_collate(read)

@@ -1,0 +1,190 @@
+"""Where clips lie on disk: lists of ids, VGG-SS annotations, folders of frames and sounds."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FRAME_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+SOUND_SUFFIXES = frozenset({".aif", ".aiff", ".flac", ".m4a", ".mp3", ".ogg", ".opus", ".wav"})
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class ClipFolder:
+    """A set of clips: for each id a frame ``<id>.jpg`` (or .png, ...) and a sound ``<id>.wav`` (or .flac, ...).
+
+    Args:
+        root: folder of the set.
+        frames: folder of the frames, relative to ``root`` (``.`` for the root itself) or absolute.
+        audio: folder of the sounds, likewise; None for a set without sounds.
+        ids: file that lists the clips to use: one id a line, or a csv with the id first. By default the annotated
+            clips, or, without annotations, all that have both a frame and a sound.
+        annotations: json in the format of ``vggss.json``.
+    """
+
+    root: str
+    frames: str = "frames"
+    audio: str | None = "audio"
+    ids: str | None = None
+    annotations: str | None = None
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """The class of a clip's sound and the boxes (x1, y1, x2, y2) of its source, in 0..1 but for faulty ones."""
+
+    label: str
+    boxes: list[Box]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """The files of one clip and what is known about it."""
+
+    name: str
+    frame: Path
+    sound: Path | None
+    annotation: Annotation | None
+
+
+@dataclass(frozen=True)
+class ClipList:
+    """The clips of a folder, and which of its list lack a file: ``"<id> (frame)"``, ``"<id> (sound)"`` or both."""
+
+    clips: list[Clip]
+    missing: list[str] = field(default_factory=list)
+
+
+def read_ids(path: str | Path) -> list[str]:
+    """Ids in the first column of a text or csv file, or the ``file`` fields of a json; repeats count once.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or it lists nothing.
+    """
+    path = Path(path)
+    if path.suffix == ".json":
+        return list(read_annotations(path))
+    with path.open(newline="") as file:
+        ids = list(dict.fromkeys(row[0].strip() for row in csv.reader(file) if row and row[0].strip()))
+    if not ids:
+        raise ValueError(f"{path} lists no clips")
+    return ids
+
+
+def read_annotations(path: str | Path) -> dict[str, Annotation]:
+    """Annotations by clip id, in the file's order.
+
+    Args:
+        path: json, a list of ``{"file": id, "class": label, "bbox": [[x1, y1, x2, y2], ...]}``; other fields are
+            ignored.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not json of this form, or a clip occurs twice; the message names file and entry.
+    """
+    try:
+        entries = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid json: {error}") from error
+    if not isinstance(entries, list):
+        raise ValueError(f"{path} must hold a list of annotations, got {type(entries).__name__}")
+    annotations: dict[str, Annotation] = {}
+    for number, entry in enumerate(entries):
+        try:
+            name, annotation = _parse_entry(entry)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}, entry {number}: {type(error).__name__}: {error} in {entry!r:.200}") from error
+        if name in annotations:
+            raise ValueError(f"{path}, entry {number}: {name} is annotated twice")
+        annotations[name] = annotation
+    return annotations
+
+
+def _parse_entry(entry: Any) -> tuple[str, Annotation]:
+    boxes = []
+    for box in entry["bbox"]:
+        x1, y1, x2, y2 = (float(side) for side in box)
+        boxes.append((x1, y1, x2, y2))
+    return str(entry["file"]), Annotation(str(entry["class"]), boxes)
+
+
+def ground_truth(boxes: Iterable[Box], size: int = 224) -> Tensor:
+    """Union of boxes as a float32 map ``(size, size)`` of 0 and 1.
+
+    Coordinates are clipped to 0..1, scaled and truncated, as published. What is then empty (degenerate boxes, or
+    boxes out of range) covers nothing, so the map may be all 0.
+    """
+    gt = torch.zeros(size, size)
+    for box in boxes:
+        x1, y1, x2, y2 = (int(min(max(side, 0.0), 1.0) * size) for side in box)
+        gt[y1:y2, x1:x2] = 1
+    return gt
+
+
+def list_clips(folder: ClipFolder) -> ClipList:
+    """Find the files of a set of clips.
+
+    Raises:
+        FileNotFoundError: a folder or list does not exist.
+        ValueError: no clip at all is found, a listed clip has no annotation though there are annotations, or a clip
+            has two frames or two sounds.
+    """
+    root = Path(folder.root)
+    frames = _media(root / folder.frames, FRAME_SUFFIXES)
+    sounds = None if folder.audio is None else _media(root / folder.audio, SOUND_SUFFIXES)
+    present = frames.keys() if sounds is None else frames.keys() & sounds.keys()
+    annotations = None if folder.annotations is None else read_annotations(folder.annotations)
+    if folder.ids is not None:
+        names = read_ids(folder.ids)
+    else:
+        names = sorted(present) if annotations is None else list(annotations)
+    if annotations is not None and (bare := [name for name in names if name not in annotations]):
+        raise ValueError(f"{folder.ids} lists clips that {folder.annotations} does not annotate: {some(bare)}")
+    clips = [
+        Clip(
+            name=name,
+            frame=frames[name],
+            sound=None if sounds is None else sounds[name],
+            annotation=None if annotations is None else annotations[name],
+        )
+        for name in names
+        if name in present
+    ]
+    if not clips:
+        places = [str(root / place) for place in (folder.frames, folder.audio) if place is not None]
+        raise ValueError(f"no clips found: none of the {len(names)} listed has its files in {' and '.join(places)}")
+
+    def lacks(name: str) -> str:
+        return " and ".join(
+            what for what, found in (("frame", frames), ("sound", sounds)) if found is not None and name not in found
+        )
+
+    return ClipList(clips, [f"{name} ({lacks(name)})" for name in names if name not in present])
+
+
+def _media(folder: Path, suffixes: frozenset[str]) -> dict[str, Path]:
+    """Files by id. One listing of the folder: asking for each of 144,000 files takes minutes on network disks."""
+    found: dict[str, Path] = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            stem, suffix = os.path.splitext(entry.name)
+            if suffix.lower() in suffixes and not stem.startswith("."):
+                if stem in found:
+                    raise ValueError(f"{folder} holds two files for clip {stem}: {found[stem].name} and {entry.name}")
+                found[stem] = folder / entry.name
+    return found
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first few names and how many there are."""
+    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")

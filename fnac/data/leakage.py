@@ -1,0 +1,47 @@
+"""Clips that occur in training and in test. The published ``vggss_144k.txt`` has 3,715 of the 5,158 test clips."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Literal
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from fnac.data.layout import read_ids, some
+
+OnLeakage = Literal["error", "warn"]
+
+
+class LeakageError(ValueError):
+    """Clips that are tested on are also trained on."""
+
+
+def shared_clips(first: Collection[str], second: Collection[str]) -> list[str]:
+    """The ids that are in both, in the order of the second."""
+    lookup = set(first)
+    return [name for name in second if name in lookup]
+
+
+def refuse_leakage(train: Collection[str], tested: Collection[str], what: str, on_leakage: OnLeakage = "error") -> None:
+    """Raise :class:`LeakageError`, or warn, if any clip of ``tested`` (called ``what``) is in ``train``."""
+    if not (shared := shared_clips(train, tested)):
+        return
+    message = f"{len(shared)} of the {len(tested)} {what} clips are also training clips: {some(shared)}"
+    if on_leakage == "error":
+        raise LeakageError(message)
+    rank_zero_warn(message)
+
+
+def check_leakage(train: str, test: str) -> None:
+    """Tell whether two lists of clips share any.
+
+    Args:
+        train: list of clips: text with one id a line, csv with the id first, or json annotations.
+        test: another such list.
+
+    Raises:
+        LeakageError: they do.
+    """
+    train_ids, test_ids = read_ids(train), read_ids(test)
+    refuse_leakage(train_ids, test_ids, f"{test}")
+    print(f"no clip is in both: {len(train_ids)} in {train}, {len(test_ids)} in {test}")

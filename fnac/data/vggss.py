@@ -1,0 +1,190 @@
+"""Clips in the VGG-SS layout as a map-style data set."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import InterpolationMode, v2
+
+from fnac.audio import LogSpectrogram, Masks, MediaError, load_audio, mask_spectrogram
+from fnac.data.layout import Clip, ClipFolder, ground_truth, list_clips, some
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RESIZE_MARGIN = 1.1  # training crops from a frame resized to this many times the side
+
+OnBadClip = Literal["error", "skip"]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What training varies, besides a random crop.
+
+    Args:
+        flip: mirror half of the frames.
+        masks: how bands of the spectrogram are hidden, see :func:`fnac.audio.mask_spectrogram`.
+        mask_width: bound of their widths.
+    """
+
+    flip: bool = True
+    masks: Masks = "mean"
+    mask_width: int = 10
+
+    def __post_init__(self) -> None:
+        if self.masks not in ("mean", "official", "none"):
+            raise ValueError(f'masks must be "mean", "official" or "none", got {self.masks!r}')
+        if self.mask_width < 1:
+            raise ValueError(f"mask_width must be at least 1, got {self.mask_width!r}")
+
+
+class ClipDataset(Dataset[dict[str, Any] | None]):
+    """Clips as dicts of
+
+    - ``image``: float32 ``(3, S, S)``, ImageNet-normalised,
+    - ``audio``: float32 ``(1, 257, T)``, log spectrogram (absent if the folder has no sounds),
+    - ``name``: the clip's id,
+    - ``label``: the class, where annotated,
+    - ``gt``: float32 ``(224, 224)`` in 0..1, where annotated and not augmented.
+
+    An item is asked for by index, or by (epoch, index): what augmentation draws depends on the seed, epoch and index
+    alone, not on the worker, the rank or what was drawn before.
+
+    Args:
+        folder: where the clips are.
+        image_size: side S of the images.
+        sample_rate: of the sounds in Hz; files of another rate are resampled.
+        clip_seconds: taken from the middle of each sound, repeated if it is shorter.
+        augmentation: for training: frames are resized to 1.1 times the size (shorter side), cropped and varied.
+            None resizes to the square.
+        seed: of the augmentation.
+        on_bad_clip: ``"error"`` raises for missing files (here) and unreadable ones (when read). ``"skip"``, for
+            training only, leaves missing ones out with a warning and gives None for unreadable ones.
+        cache: keep what is decoded in memory (in each worker's), as large as the images (uint8) and spectrograms.
+        names: use only these clips, in this order.
+
+    Raises:
+        FileNotFoundError: files of listed clips are missing; the first few are named.
+        ValueError: see :func:`fnac.data.layout.list_clips`.
+    """
+
+    def __init__(
+        self,
+        folder: ClipFolder,
+        *,
+        image_size: int = 224,
+        sample_rate: int = 16_000,
+        clip_seconds: float = 3.0,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+        on_bad_clip: OnBadClip = "error",
+        cache: bool = False,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        if on_bad_clip == "skip" and augmentation is None:
+            raise ValueError(
+                "on_bad_clip='skip' is for training only: an evaluation that leaves clips out is another one"
+            )
+        found = list_clips(folder)
+        if found.missing:
+            message = f"{folder.root}: clips lack files: {some(found.missing)}"
+            if on_bad_clip == "error":
+                raise FileNotFoundError(message)
+            warnings.warn(f"left out: {message}", stacklevel=2)
+        self.clips: list[Clip] = found.clips
+        if names is not None:
+            by_name = {clip.name: clip for clip in found.clips}
+            self.clips = [by_name[name] for name in names]
+        self.sample_rate, self.clip_seconds = sample_rate, clip_seconds
+        self.augmentation, self.seed, self.on_bad_clip = augmentation, seed, on_bad_clip
+        self.spectrogram = LogSpectrogram(sample_rate)
+        size: list[int] = [image_size, image_size] if augmentation is None else [int(image_size * RESIZE_MARGIN)]
+        self.resize = v2.Resize(size, InterpolationMode.BICUBIC)
+        self.vary = v2.Identity()
+        if augmentation is not None:
+            self.vary = v2.Compose(
+                [v2.RandomCrop(image_size), v2.RandomHorizontalFlip(0.5 if augmentation.flip else 0.0)]
+            )
+        self.normalize = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+        self._decoded: dict[int, tuple[Tensor, Tensor | None]] | None = {} if cache else None
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    @property
+    def names(self) -> list[str]:
+        """The clips' ids, in order."""
+        return [clip.name for clip in self.clips]
+
+    def audio_path(self, index: int) -> Path:
+        """The sound file of a clip.
+
+        Raises:
+            ValueError: the folder has no sounds.
+        """
+        sound = self.clips[index].sound
+        if sound is None:
+            raise ValueError(f"clip {self.clips[index].name} has no sound")
+        return sound
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any] | None:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        clip = self.clips[index]
+        try:
+            image, spectrogram = self._decode(index)
+        except MediaError as error:
+            if self.on_bad_clip == "error":
+                raise
+            warnings.warn(f"skipped: {error}", stacklevel=2)
+            return None
+        sample: dict[str, Any] = {"name": clip.name}
+        # torch's generator serves torchvision and torchaudio; a fork leaves the caller's state as it was. Not
+        # torch.manual_seed, which would also reset the generators of GPUs.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self._sample_seed(epoch, index))
+            sample["image"] = self.normalize(self.vary(image))
+            if spectrogram is not None:
+                augmentation = self.augmentation or Augmentation(masks="none")
+                sample["audio"] = mask_spectrogram(spectrogram, augmentation.masks, augmentation.mask_width)
+        if clip.annotation is not None:
+            sample["label"] = clip.annotation.label
+            if self.augmentation is None:
+                sample["gt"] = ground_truth(clip.annotation.boxes)
+        return sample
+
+    def _sample_seed(self, epoch: int, index: int) -> int:
+        return int(np.random.SeedSequence([self.seed, epoch, index]).generate_state(1, np.uint64)[0])
+
+    def _decode(self, index: int) -> tuple[Tensor, Tensor | None]:
+        """The resized frame, uint8 (3, H, W), and the spectrogram (1, 257, T): all that does not vary."""
+        if self._decoded is not None and index in self._decoded:
+            return self._decoded[index]
+        clip = self.clips[index]
+        image = v2.functional.pil_to_tensor(self.resize(load_image(clip.frame)))
+        spectrogram = None
+        if clip.sound is not None:
+            waveform, _ = load_audio(clip.sound, seconds=self.clip_seconds, sample_rate=self.sample_rate)
+            spectrogram = self.spectrogram(waveform)[None]
+        if self._decoded is not None:
+            self._decoded[index] = (image, spectrogram)
+        return image, spectrogram
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """Read an image of any format that Pillow knows, as RGB.
+
+    Raises:
+        MediaError: it is missing or cannot be decoded.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise MediaError(f"cannot read image {path}: {error}") from error

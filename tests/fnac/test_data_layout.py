@@ -1,0 +1,145 @@
+"""Lists, annotations and folders as users have them, with the faults that VGG-SS has."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fnac.data.layout import Annotation, ClipFolder, ground_truth, list_clips, read_annotations, read_ids
+from fnac.data.leakage import LeakageError, check_leakage, refuse_leakage
+
+
+def touch(folder: Path, *names: str) -> None:
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / name).touch()
+
+
+def test_ids_come_from_text_csv_or_json_once_each(tmp_path):
+    (tmp_path / "a.txt").write_text("x_000001\n-y_000002\r\n\nx_000001\n")
+    (tmp_path / "b.csv").write_text("x_000001,202\n-y_000002,0\n")
+    (tmp_path / "c.json").write_text(
+        json.dumps([{"file": n, "class": "c", "bbox": []} for n in ("x_000001", "-y_000002")])
+    )
+    for name in ("a.txt", "b.csv", "c.json"):
+        assert read_ids(tmp_path / name) == ["x_000001", "-y_000002"]
+
+
+def test_an_empty_list_is_an_error(tmp_path):
+    (tmp_path / "a.txt").write_text("\n")
+    with pytest.raises(ValueError, match=r"a\.txt lists no clips"):
+        read_ids(tmp_path / "a.txt")
+
+
+def test_annotations_keep_label_and_boxes_and_ignore_other_fields(tmp_path):
+    entry = {"file": "x", "class": "elk bugling", "bbox": [[0.1, 0.2, 0.3, 0.4], [0, 0, 1, 1]], "extra": 1}
+    (tmp_path / "a.json").write_text(json.dumps([entry]))
+    assert read_annotations(tmp_path / "a.json") == {
+        "x": Annotation("elk bugling", [(0.1, 0.2, 0.3, 0.4), (0.0, 0.0, 1.0, 1.0)])
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[{", "not valid json"),
+        ('{"file": "x"}', "must hold a list of annotations, got dict"),
+        ('[{"file": "x", "bbox": []}]', "entry 0: KeyError: 'class'"),
+        ('[{"file": "x", "class": "c", "bbox": [[0, 1, 2]]}]', "entry 0: ValueError"),
+        ('[{"file": "x", "class": "c", "bbox": [[0, 1, 2, "b"]]}]', "entry 0: ValueError"),
+        ('[{"file": "x", "class": "c", "bbox": 3}]', "entry 0: TypeError"),
+        ('[{"file":"x","class":"c","bbox":[]}, {"file":"x","class":"c","bbox":[]}]', "entry 1: x is annotated twice"),
+    ],
+)
+def test_faulty_annotations_name_file_and_entry(tmp_path, content, message):
+    (tmp_path / "faulty.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"faulty\.json.*{message}"):
+        read_annotations(tmp_path / "faulty.json")
+
+
+def test_the_ground_truth_is_the_union_of_truncated_boxes():
+    gt = ground_truth([(0.0, 0.0, 0.5, 0.25), (0.25, 0.125, 0.749, 0.5)], size=8)
+    expected = torch.zeros(8, 8)
+    expected[0:2, 0:4] = 1
+    expected[1:4, 2:5] = 1  # 0.749 * 8 = 5.99 is truncated
+    assert torch.equal(gt, expected)
+    assert ground_truth([]).shape == (224, 224)
+
+
+@pytest.mark.parametrize(
+    ("box", "area"),
+    [
+        ((-0.5, -3.0, 0.5, 2.0), 4 * 8),  # out of range: clipped
+        ((0.534375, 0.3375, -2.8823037615171176e16, 0.909375), 0),  # as vggss.json has them
+        ((0.26875, 1.0, 0.753125, 1.0), 0),  # no height
+        ((0.6, 0.6, 0.2, 0.9), 0),  # its sides swapped
+    ],
+)
+def test_faulty_boxes_are_clipped_and_may_cover_nothing(box, area):
+    assert ground_truth([box], size=8).sum() == area
+
+
+def test_clips_are_found_in_any_format_and_unlisted_files_are_ignored(tmp_path):
+    touch(tmp_path / "frames", "a.jpg", "b.PNG", "c.webp", "notes.txt", "._a.jpg", "extra.png")
+    touch(tmp_path / "audio", "a.wav", "b.flac", "c.ogg", "lonely.wav")
+    found = list_clips(ClipFolder(str(tmp_path)))
+    assert [clip.name for clip in found.clips] == ["a", "b", "c"]
+    assert found.clips[1].frame == tmp_path / "frames" / "b.PNG"
+    assert found.clips[2].sound == tmp_path / "audio" / "c.ogg"
+
+
+def test_frames_and_sounds_may_lie_in_the_root_itself_or_elsewhere(tmp_path):
+    touch(tmp_path / "flat", "a.jpg", "a.wav")
+    touch(tmp_path / "elsewhere", "a.wav")
+    flat = list_clips(ClipFolder(str(tmp_path / "flat"), frames=".", audio="."))
+    assert flat.clips[0].sound == tmp_path / "flat" / "a.wav"
+    apart = list_clips(ClipFolder(str(tmp_path / "flat"), frames=".", audio=str(tmp_path / "elsewhere")))
+    assert apart.clips[0].sound == tmp_path / "elsewhere" / "a.wav"
+
+
+def test_clips_come_in_the_lists_order_and_what_they_lack_is_told(tmp_path):
+    touch(tmp_path / "frames", "a.jpg", "b.jpg", "c.jpg")
+    touch(tmp_path / "audio", "a.wav", "b.wav", "d.wav")
+    (tmp_path / "list.txt").write_text("c\nb\nd\ne\na\n")
+    found = list_clips(ClipFolder(str(tmp_path), ids=str(tmp_path / "list.txt")))
+    assert [clip.name for clip in found.clips] == ["b", "a"]
+    assert found.missing == ["c (sound)", "d (frame)", "e (frame and sound)"]
+
+
+def test_listed_clips_without_annotation_and_twofold_files_are_errors(tmp_path):
+    touch(tmp_path / "frames", "a.jpg")
+    touch(tmp_path / "audio", "a.wav")
+    (tmp_path / "list.txt").write_text("a\n")
+    (tmp_path / "vggss.json").write_text('[{"file": "b", "class": "c", "bbox": []}]')
+    with pytest.raises(ValueError, match=r"list\.txt lists clips that .*vggss\.json does not annotate: a"):
+        list_clips(ClipFolder(str(tmp_path), ids=str(tmp_path / "list.txt"), annotations=str(tmp_path / "vggss.json")))
+    touch(tmp_path / "frames", "a.png")
+    with pytest.raises(ValueError, match=r"two files for clip a: a.* and a"):
+        list_clips(ClipFolder(str(tmp_path)))
+
+
+def test_a_folder_without_clips_is_an_error_that_says_where_it_looked(tmp_path):
+    touch(tmp_path / "frames", "a.jpg")
+    touch(tmp_path / "audio")
+    with pytest.raises(ValueError, match=r"no clips found.*frames and .*audio"):
+        list_clips(ClipFolder(str(tmp_path)))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        list_clips(ClipFolder(str(tmp_path), audio="nowhere"))
+
+
+def test_leakage_is_found_between_lists_of_any_kind(tmp_path, capsys):
+    (tmp_path / "train.txt").write_text("a\nb\nc\n")
+    (tmp_path / "test.csv").write_text("d,1\nc,2\na,3\n")
+    (tmp_path / "clean.json").write_text('[{"file": "d", "class": "c", "bbox": []}]')
+    with pytest.raises(LeakageError, match=r"2 of the 3 .*test\.csv clips are also training clips: c, a"):
+        check_leakage(str(tmp_path / "train.txt"), str(tmp_path / "test.csv"))
+    check_leakage(str(tmp_path / "train.txt"), str(tmp_path / "clean.json"))
+    assert "no clip is in both: 3 in" in capsys.readouterr().out
+
+
+def test_leakage_can_be_a_warning():
+    with pytest.warns(UserWarning, match="1 of the 2 test clips"):
+        refuse_leakage(["a", "b"], ["b", "c"], "test", "warn")
