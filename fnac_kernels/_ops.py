@@ -16,7 +16,7 @@ from torch import Tensor
 from fnac_kernels import _dispatch
 
 #: Columns of ``row_stats``: room for what any backend's backward needs of a row.
-ROW_STATS = 12
+ROW_STATS = 16
 
 _lib = torch.library.Library("fnac_kernels", "DEF")
 

@@ -1,0 +1,108 @@
+// The compiled module: pointers, sizes and strides in, nothing of torch. Every call releases the GIL.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <optional>
+
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+
+namespace fnac {
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// (data, dtype, n, c, p, stride_c, stride_p)
+using Image = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+FeatureMap feature_map(const Image& image) {
+    const auto& [data, dtype, n, c, p, stride_c, stride_p] = image;
+    return {at<const void>(data), static_cast<Dtype>(dtype), n, c, p, stride_c, stride_p};
+}
+
+void max_logits(const Image& img, uintptr_t aud, int64_t m, double tau, uintptr_t logits, uintptr_t argmax,
+                int threads) {
+    kernels().max_logits({feature_map(img), at<const float>(aud), m, static_cast<float>(1 / tau),
+                          at<float>(logits), at<uint16_t>(argmax), threads});
+}
+
+void pool(const Image& img, uintptr_t aud, double tau, double threshold, uintptr_t maps, uintptr_t mask,
+          uintptr_t avg, uintptr_t foreground, int threads) {
+    kernels().pool({feature_map(img), at<const float>(aud), static_cast<float>(1 / tau),
+                    static_cast<float>(threshold), at<float>(maps), at<uint8_t>(mask), at<float>(avg),
+                    at<float>(foreground), threads});
+}
+
+void feature_backward(const Image& img, uintptr_t aud, int64_t m, double tau, uintptr_t grad_logits,
+                      uintptr_t argmax, uintptr_t grad_maps, uintptr_t mask, uintptr_t grad_avg,
+                      uintptr_t grad_foreground, uintptr_t dimg, uintptr_t daud, int threads) {
+    kernels().feature_backward({feature_map(img), at<const float>(aud), m, static_cast<float>(1 / tau),
+                                at<const float>(grad_logits), at<const uint16_t>(argmax),
+                                at<const float>(grad_maps), at<const uint8_t>(mask),
+                                at<const float>(grad_avg), at<const float>(grad_foreground), at<void>(dimg),
+                                at<float>(daud), threads});
+}
+
+Adjacency adjacency_job(const std::array<uintptr_t, 4>& inputs, int64_t n, int64_t c, double tau,
+                        const std::array<double, 4>& weights, std::optional<double> threshold,
+                        uintptr_t row_stats, uintptr_t col_lse, int threads) {
+    Adjacency job{};
+    job.logits = at<const float>(inputs[0]);
+    job.aud = at<const float>(inputs[1]);
+    job.avg = at<const float>(inputs[2]);
+    job.foreground = at<const float>(inputs[3]);
+    job.n = n;
+    job.c = c;
+    job.scale = static_cast<float>(1 / tau);
+    for (int t = 0; t < 4; ++t) job.weights[t] = weights[t];
+    job.masked = threshold.has_value();
+    job.threshold = static_cast<float>(threshold.value_or(0));
+    job.row_stats = at<float>(row_stats);
+    job.col_lse = at<float>(col_lse);
+    job.threads = threads;
+    return job;
+}
+
+}  // namespace
+}  // namespace fnac
+
+PYBIND11_MODULE(_C, m) {
+    using namespace fnac;
+    const auto unlocked = py::call_guard<py::gil_scoped_release>();
+    m.def("isa", [] { return std::string(kernels().name); });
+    m.def("isas", &available_isas);
+    m.def("max_logits", &max_logits, unlocked);
+    m.def("pool", &pool, unlocked);
+    m.def("feature_backward", &feature_backward, unlocked);
+    m.def(
+        "adjacency",
+        [](const std::array<uintptr_t, 4>& inputs, int64_t n, int64_t c, double tau,
+           const std::array<double, 4>& weights, std::optional<double> threshold, uintptr_t row_stats,
+           uintptr_t col_lse, uintptr_t losses, int threads) {
+            Adjacency job = adjacency_job(inputs, n, c, tau, weights, threshold, row_stats, col_lse, threads);
+            job.losses = at<float>(losses);
+            kernels().adjacency(job);
+        },
+        unlocked);
+    m.def(
+        "adjacency_backward",
+        [](const std::array<uintptr_t, 4>& inputs, int64_t n, int64_t c, double tau,
+           const std::array<double, 4>& weights, std::optional<double> threshold, uintptr_t row_stats,
+           uintptr_t col_lse, uintptr_t grad_loss, uintptr_t grad_terms,
+           const std::array<uintptr_t, 4>& grads, int threads) {
+            Adjacency job = adjacency_job(inputs, n, c, tau, weights, threshold, row_stats, col_lse, threads);
+            job.grad_loss = at<const float>(grad_loss);
+            job.grad_terms = at<const float>(grad_terms);
+            job.dlogits = at<float>(grads[0]);
+            job.daud = at<float>(grads[1]);
+            job.davg = at<float>(grads[2]);
+            job.dforeground = at<float>(grads[3]);
+            kernels().adjacency_backward(job);
+        },
+        unlocked);
+}

@@ -1,0 +1,48 @@
+#include "cpu/dispatch.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+namespace fnac {
+namespace {
+
+std::vector<const Kernels*> usable() {
+    std::vector<const Kernels*> tables{&portable_kernels()};
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (avx2) tables.push_back(&avx2_kernels());
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        tables.push_back(&avx512_kernels());
+#endif
+    return tables;
+}
+
+const Kernels* choose() {
+    const std::vector<const Kernels*> tables = usable();
+    const char* wish = std::getenv("FNAC_CPU_ISA");
+    if (wish == nullptr || *wish == '\0') return tables.back();
+    std::string names;
+    for (const Kernels* table : tables) {
+        if (std::string(table->name) == wish) return table;
+        names += (names.empty() ? "" : ", ") + std::string(table->name);
+    }
+    throw std::runtime_error("FNAC_CPU_ISA is '" + std::string(wish) + "'; this machine and build run " +
+                             names);
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+    static const Kernels* const table = choose();
+    return *table;
+}
+
+std::vector<std::string> available_isas() {
+    std::vector<std::string> names;
+    for (const Kernels* table : usable()) names.emplace_back(table->name);
+    return names;
+}
+
+}  // namespace fnac

@@ -1,0 +1,72 @@
+// torch's wheel brings a libgomp and loads it globally. Its idle threads spin for a while after a parallel
+// region, so a second pool would share the cores with them; running in the same team costs nothing and starts
+// at once. The entry point GOMP_parallel (libgomp's ABI since GCC 4.9, also offered by LLVM's libomp) is
+// looked up at run time. Without it, and in a forked child, whose OpenMP team has lost its threads, plain
+// threads serve.
+
+#include "cpu/parallel.h"
+
+#include <dlfcn.h>
+#include <pthread.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <new>
+#include <thread>
+#include <vector>
+
+namespace fnac {
+namespace {
+
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+std::atomic<bool> forked{false};
+
+GompParallel openmp_team() {
+    static const GompParallel entry = [] {
+        pthread_atfork(nullptr, nullptr, [] { forked = true; });
+        return reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    }();
+    return forked ? nullptr : entry;
+}
+
+struct Region {
+    void (*body)(void*, int64_t, int);
+    void* context;
+    int64_t tasks;
+    std::atomic<int64_t> next{0};
+    std::atomic<int> workers{0};
+
+    void work() {
+        const int worker = workers.fetch_add(1);
+        for (int64_t task; (task = next.fetch_add(1)) < tasks;) body(context, task, worker);
+    }
+};
+
+}  // namespace
+
+void parallel_for(int threads, int64_t tasks, void (*body)(void*, int64_t, int), void* context) {
+    const int workers = static_cast<int>(tasks < threads ? tasks : threads);
+    if (workers <= 1) {
+        for (int64_t task = 0; task < tasks; ++task) body(context, task, 0);
+        return;
+    }
+    Region region{body, context, tasks};
+    const auto work = [](void* r) { static_cast<Region*>(r)->work(); };
+    if (const GompParallel team = openmp_team()) {
+        team(work, &region, static_cast<unsigned>(workers), 0);
+        return;
+    }
+    std::vector<std::thread> helpers;
+    for (int i = 1; i < workers; ++i) helpers.emplace_back([&region] { region.work(); });
+    region.work();
+    for (auto& helper : helpers) helper.join();
+}
+
+Scratch::Scratch(size_t bytes) : data_(std::aligned_alloc(64, (bytes + 127) / 64 * 64)) {
+    if (data_ == nullptr) throw std::bad_alloc();
+}
+
+Scratch::~Scratch() { std::free(data_); }
+
+}  // namespace fnac

@@ -1,0 +1,158 @@
+"""The primitives on CPU tensors: allocate the outputs, hand pointers to the compiled module. Contracts: README.md."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fnac_kernels import _native
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ROW_STATS = 16
+
+
+def _image(img: Tensor) -> tuple[int, int, int, int, int, int, int]:
+    """What the native module knows of a feature map: address, dtype, n, c, cells, stride over channels, over cells."""
+    n, c, h, w = img.shape
+    strides = (h * w, 1) if img.is_contiguous() and h * w > 1 else (1, c)
+    return (img.data_ptr(), _DTYPES[img.dtype], n, c, h * w, *strides)
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _floats(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32)
+
+
+def max_logits(img: Tensor, aud: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    shape = (img.shape[0], aud.shape[0])
+    logits, argmax = _floats(*shape), torch.empty(shape, dtype=torch.uint16)
+    wide = aud.float()
+    _native.module().max_logits(
+        _image(img),
+        wide.data_ptr(),
+        aud.shape[0],
+        tau,
+        logits.data_ptr(),
+        argmax.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return logits, argmax
+
+
+def pool_pairs(
+    img: Tensor, aud: Tensor, tau: float, threshold: float, pooled: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, c, h, w = img.shape
+    rows = n if pooled else 0
+    maps, mask = _floats(n, h, w), torch.empty((rows, h, w), dtype=torch.bool)
+    img_avg, foreground = _floats(rows, c), _floats(rows, c)
+    wide = aud.float()
+    outputs = (_address(x if pooled else None) for x in (mask, img_avg, foreground))
+    _native.module().pool(
+        _image(img), wide.data_ptr(), tau, threshold, maps.data_ptr(), *outputs, torch.get_num_threads()
+    )
+    return maps, mask, img_avg, foreground
+
+
+def foreground_pool(img: Tensor, maps: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    n, c, h, w = img.shape
+    foreground, mask = _floats(n, c), torch.empty((n, h, w), dtype=torch.bool)
+    addresses = (maps.data_ptr(), mask.data_ptr(), 0, foreground.data_ptr())
+    _native.module().pool(_image(img), 0, 1.0, threshold, *addresses, torch.get_num_threads())
+    return foreground, mask
+
+
+def feature_backward(
+    img: Tensor,
+    aud: Tensor | None,
+    tau: float,
+    *,
+    grad_logits: Tensor | None,
+    argmax: Tensor | None,
+    grad_maps: Tensor | None,
+    mask: Tensor | None,
+    grad_avg: Tensor | None,
+    grad_foreground: Tensor | None,
+    need_img: bool,
+    need_aud: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    dimg = torch.empty_like(img) if need_img else None
+    wide = None if aud is None else aud.float()
+    daud = torch.empty_like(wide) if need_aud and wide is not None else None
+    sources = (grad_logits, argmax, grad_maps, mask, grad_avg, grad_foreground)
+    _native.module().feature_backward(
+        _image(img),
+        _address(wide),
+        0 if wide is None else wide.shape[0],
+        tau,
+        *map(_address, sources),
+        _address(dimg),
+        _address(daud),
+        torch.get_num_threads(),
+    )
+    return dimg, daud if daud is None or aud is None else daud.to(aud.dtype)
+
+
+def adjacency(
+    logits: Tensor,
+    aud: Tensor,
+    img_avg: Tensor,
+    foreground: Tensor,
+    tau: float,
+    weights: tuple[float, ...],
+    adjacency_threshold: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, c = aud.shape
+    losses, row_stats, col_lse = _floats(5), _floats(n, _ROW_STATS), _floats(n)
+    _native.module().adjacency(
+        [x.data_ptr() for x in (logits, aud, img_avg, foreground)],
+        n,
+        c,
+        tau,
+        weights,
+        adjacency_threshold,
+        row_stats.data_ptr(),
+        col_lse.data_ptr(),
+        losses.data_ptr(),
+        torch.get_num_threads(),
+    )
+    # Copies: an operator's outputs must not share memory.
+    return losses[0].clone(), losses[1:].clone(), row_stats, col_lse
+
+
+def adjacency_backward(
+    grad_loss: Tensor | None,
+    grad_terms: Tensor | None,
+    logits: Tensor,
+    aud: Tensor,
+    img_avg: Tensor,
+    foreground: Tensor,
+    row_stats: Tensor,
+    col_lse: Tensor,
+    tau: float,
+    weights: tuple[float, ...],
+    adjacency_threshold: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, c = aud.shape
+    inputs = (logits, aud, img_avg, foreground)
+    # A gradient that no wanted term reaches is not written by the kernel.
+    written = (True, weights[1] or weights[2], weights[3], weights[2])
+    grads = tuple(torch.empty_like(x) if w else torch.zeros_like(x) for x, w in zip(inputs, written, strict=True))
+    _native.module().adjacency_backward(
+        [x.data_ptr() for x in inputs],
+        n,
+        c,
+        tau,
+        weights,
+        adjacency_threshold,
+        row_stats.data_ptr(),
+        col_lse.data_ptr(),
+        _address(grad_loss),
+        _address(grad_terms),
+        [x.data_ptr() for x in grads],
+        torch.get_num_threads(),
+    )
+    return grads  # type: ignore[return-value]
