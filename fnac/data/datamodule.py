@@ -25,9 +25,10 @@ class ClipData(LightningDataModule):
     Args:
         root: folder of a generated data set (``fnac make-data``), whose ``train``, ``val`` and ``test`` are used where
             the next three are not given.
-        train: training clips. Neither their boxes nor their classes are trained on.
-        val: annotated clips for validation; none, no validation.
-        test: annotated clips for testing and predicting (which needs no annotations).
+        train: training clips, for instance ``--data.train.root FOLDER --data.train.ids LIST.txt``; see
+            :class:`~fnac.data.layout.ClipFolder` for its fields. Boxes and classes, if any, are not trained on.
+        val: annotated clips for validation; without them there is none.
+        test: clips for testing (annotated) and predicting.
         batch_size: clips per step and process.
         num_workers: processes that decode; 0 decodes in the training process.
         image_size: side of the images in pixels.
