@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "cpu/dispatch.h"
+#include "cpu/peak.h"
 
 namespace py = pybind11;
 
@@ -76,6 +77,8 @@ PYBIND11_MODULE(_C, m) {
     const auto unlocked = py::call_guard<py::gil_scoped_release>();
     m.def("isa", [] { return std::string(kernels().name); });
     m.def("isas", &available_isas);
+    m.def("peak_fma", &peak_fma, unlocked);
+    m.def("peak_amx", &peak_amx, unlocked);
     m.def("max_logits", &max_logits, unlocked);
     m.def("pool", &pool, unlocked);
     m.def("feature_backward", &feature_backward, unlocked);

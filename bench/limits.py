@@ -1,0 +1,42 @@
+"""How fast a case could run at best on this machine: its least arithmetic and traffic over the measured peaks."""
+
+from __future__ import annotations
+
+from bench.cases import Case, Op
+
+
+def seconds(op: Op, case: Case, dtype: str, peaks: dict[str, float]) -> float:
+    """The time that the work needs at least, at the arithmetic peak of the dtype or at the memory's, whichever is more.
+
+    Arithmetic is counted as the best known algorithm needs it: one dense product forward, and a backward that touches
+    the winning cell of each pair alone. float32 is judged by multiply-adds in float32; a kernel that gets the same
+    result from bfloat16 products and corrections may pass 1.
+    """
+    flops, elements = work(op, case)
+    if dtype == "float32":
+        rate = max(peaks["gemm_float32"], peaks.get("fma", 0.0))
+    else:
+        rate = max(peaks["gemm_bfloat16"], peaks.get("amx_bfloat16", 0.0))
+    return max(flops / rate, 4 * elements / peaks["copy"])
+
+
+def work(op: Op, case: Case) -> tuple[float, float]:
+    """Floating-point operations, and elements of the features read and written, each time they must be."""
+    pairs, features = case.n * case.m, case.n * case.cells * case.c
+    grams = 3 * 2 * pairs * case.c  # three adjacency matrices
+    forward = {
+        "fnac_loss": 2.0 * pairs * case.cells * case.c + grams,
+        "max_logits": 2.0 * pairs * case.cells * case.c,
+        "max_logits_forward": 2.0 * pairs * case.cells * case.c,
+        "nce": 2.0 * pairs * case.c,
+        "paired_maps": 2.0 * features,
+        "adjacency_contrastive": float(grams),
+    }[op.name]
+    if op.name == "adjacency_contrastive":
+        features = 3 * case.n * case.c + pairs
+    if not op.backward:
+        return forward, features
+    backward = (4 * pairs * case.c if op.name != "adjacency_contrastive" else 0) + (
+        2 * grams if op.name in ("fnac_loss", "adjacency_contrastive") else 0
+    )
+    return forward + backward, 3 * features  # read twice, its gradient written once

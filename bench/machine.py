@@ -1,0 +1,116 @@
+"""What a figure depends on: the machine, the versions, the commit, and the machine's own limits."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fnac_kernels
+from fnac_kernels import _native
+
+PACKAGES = ("torch", "triton", "late-interaction-kernels", "maxsim-cpu", "inf-cl")
+
+
+def facts(device: str) -> dict[str, Any]:
+    """The machine and the software, as they are written beside every result."""
+    info = fnac_kernels.info()
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "kind": device,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)),
+        "instruction_set": info["cpu"]["instruction_set"],
+        "versions": {
+            "python": platform.python_version(),
+            "fnac_kernels": fnac_kernels.__version__,
+            **{name: _version(name) for name in PACKAGES},
+        },
+        "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = (
+        [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    )
+    return names[0].partition(":")[2].strip() if names else platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    root = Path(__file__).parent.parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "fnac_kernels", "csrc")
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def peaks(device: str) -> dict[str, float]:
+    """The machine's limits, measured: arithmetic in flop/s, ``copy`` in bytes/s (read and written both count)."""
+    size = 8192 if device == "cuda" else 2048
+    limits = {
+        "gemm_float32": _gemm(size, torch.float32, device),
+        "gemm_bfloat16": _gemm(size, torch.bfloat16, device),
+        "copy": _copy(1 << (30 if device == "cuda" else 28), device),
+    }
+    if device == "cpu" and _native.problem() is None:
+        native = _native.module()
+        threads = torch.get_num_threads()
+        limits["fma"] = native.peak_fma(threads, 300)
+        amx = native.peak_amx(threads, 300)
+        if amx:
+            limits["amx_bfloat16"] = amx
+    return limits
+
+
+def _gemm(size: int, dtype: torch.dtype, device: str) -> float:
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * size**3 / _best_seconds(lambda: torch.mm(a, b, out=out), device)
+
+
+def _copy(size: int, device: str) -> float:
+    source = torch.ones(size // 4, device=device)
+    target = torch.zeros_like(source)
+    return 2 * size / _best_seconds(lambda: target.copy_(source), device)
+
+
+def _best_seconds(call: Callable[[], object], device: str, seconds: float = 0.5) -> float:
+    """The fastest of the calls that fit into ``seconds``: a limit is what the machine can do at best."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    once()
+    times = [once()]
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        times.append(once())
+    return min(times)

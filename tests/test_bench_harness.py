@@ -1,0 +1,131 @@
+"""The benchmark harness: it times what it says, refuses wrong results, and reports what does not fit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from bench import limits, memory, work
+from bench.cases import CASES, OPS, ChunkedReference
+from bench.results import Row, Run
+from bench.rivals import BASELINE, CONTENDERS, Contender
+from bench.timer import interleave
+from fnac_kernels import reference
+
+TINY = CASES["tiny"]
+
+
+def test_the_timer_alternates_and_orders_by_duration():
+    calls = []
+
+    def sleeper(name, seconds):
+        def step():
+            calls.append(name)
+            time.sleep(seconds)
+
+        return step
+
+    timings = interleave({"short": sleeper("short", 0.003), "long": sleeper("long", 0.03)}, rounds=4)
+    turns = calls[2:]  # the first two find the number of repeats
+    assert turns == ["short", "long", "long", "short"] * 2
+    assert 3 <= timings["short"].p20 <= timings["short"].p50 <= timings["short"].p80
+    assert timings["short"].p50 < timings["long"].p50
+    assert timings["long"].rounds == 4
+
+
+def test_the_timer_stops_when_its_time_is_over_but_not_before_three_rounds():
+    assert interleave({"step": lambda: time.sleep(0.01)}, rounds=50, seconds=0.0)["step"].rounds == 3
+
+
+def test_short_calls_are_repeated_within_a_sample():
+    calls = []
+    interleave({"step": lambda: calls.append(0)}, rounds=3)
+    assert len(calls) > 3 * 100
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=str)
+def test_every_contender_that_can_run_agrees_with_the_reference(op):
+    case = CASES["tiny"] if op.problem(TINY) is None else CASES["tiny-1x1"]
+    inputs = work.leaves(op, case, "cpu")
+    exact = work.oracle(op, inputs)
+    for contender in CONTENDERS.values():
+        if contender.name != "compile" and contender.problem(op, case, "cpu") is None:
+            error = work.error(work.step(op, contender, inputs, torch.float32)(), exact)
+            assert error.acceptable(torch.float32), f"{contender.name}: {error}"
+
+
+@pytest.mark.parametrize("op", ["fnac_loss", "max_logits"])
+def test_the_chunked_reference_is_the_reference(op, monkeypatch):
+    monkeypatch.setattr("bench.cases.CHUNK", 3 * TINY.m * TINY.cells)  # several chunks, the last one smaller
+    inputs = work.leaves(OPS[op], TINY, "cpu")
+    whole = Contender("reference", lambda op, x: lambda: op.run(reference, *x))
+    error = work.error(work.oracle(OPS[op], inputs), work.step(OPS[op], whole, inputs, torch.float32)())
+    assert error.value < 1e-6
+    assert error.grad < 1e-6
+    assert ChunkedReference.paired_maps is reference.paired_maps
+
+
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_a_wrong_result_is_not_acceptable(factor):
+    op = OPS["max_logits"]
+    inputs = work.leaves(op, TINY, "cpu")
+    wrong = Contender("wrong", lambda op, x: lambda: (factor * reference.max_logits(*x, 0.03),))
+    error = work.error(work.step(op, wrong, inputs, torch.float32)(), work.oracle(op, inputs))
+    assert not error.acceptable(torch.float32)
+
+
+def test_the_memory_meter_sees_the_similarity_tensor_and_the_limit():
+    case = CASES["wide"]
+    tensor = case.n * case.m * case.cells * 4
+
+    def peak(contender, size):
+        return memory.peak("max_logits_forward", case.name, contender, torch.float32, "cpu", size)
+
+    assert tensor < peak(BASELINE, memory.GIB) < 3 * tensor
+    with pytest.raises(memory.OutOfMemory):
+        peak(BASELINE, tensor // 2)
+
+
+def test_the_limit_counts_the_work():
+    op, case = OPS["max_logits_forward"], CASES["published"]
+    peaks = {"gemm_float32": 0.9e12, "fma": 1e12, "gemm_bfloat16": 4e12, "copy": 1e15}
+    flops = 2 * 256 * 256 * 49 * 512
+    assert limits.seconds(op, case, "float32", peaks) == pytest.approx(flops / 1e12)
+    assert limits.seconds(op, case, "bfloat16", peaks) == pytest.approx(flops / 4e12)
+    peaks["copy"] = 1.0
+    assert limits.seconds(op, case, "float32", peaks) == pytest.approx(4 * 256 * 49 * 512)
+
+
+def test_results_survive_the_round_trip(tmp_path):
+    run = Run(
+        {"device": "x"}, {"rounds": 3}, {"fma": 1.23456e12}, [Row("fnac_loss", "tiny", "float32", "cpu", p50=1.0)]
+    )
+    run.write(tmp_path / "run.json")
+    again = Run.read(tmp_path / "run.json")
+    assert again.rows == run.rows
+    assert again.peaks == {"fma": 1.235e12}
+    assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_the_command_measures_and_writes(tmp_path):
+    out = tmp_path / "run.json"
+    command = ["--cases", "tiny", "--backends", "cpu", "--rounds", "3", "--no-memory", "--out", str(out)]
+    done = subprocess.run([sys.executable, "-m", "bench", *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = {row["contender"]: row for row in json.loads(out.read_text())["rows"]}
+    assert set(rows) == {BASELINE, "cpu"}
+    assert rows["cpu"]["status"] == "ok"
+    assert rows["cpu"]["ratio"] == pytest.approx(rows[BASELINE]["p50"] / rows["cpu"]["p50"], rel=1e-2)
+
+
+def test_the_command_names_a_case_that_an_operation_cannot_do():
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "--ops", "fnac_loss", "--cases", "tall"], capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "tall: pairs every image with a sound" in done.stderr
