@@ -91,7 +91,7 @@ class Block {
 
     static int64_t padded(int64_t n) { return ceil_div(n, kWidth) * kWidth; }
     static int64_t floats(int64_t n, int64_t c) {
-        return V::kMaxCells * (kBuffers * padded(n) + (c > n ? c : n) + kWidth);
+        return V::kMaxCells * (kBuffers * padded(n) + (c > n ? c : n) + kWidth) + V::kLanes;
     }
 
     Block(const Adjacency& job, float* memory) : job_(job), size_(padded(job.n)) {
@@ -109,7 +109,7 @@ class Block {
 
     // out[r][m] = <features[first + r], features[m]> * scale
     void products(const Features& features, int64_t first, int64_t rows, float* out) const {
-        pack_piece(features.rows + first * job_.c, job_.c, 1, rows, job_.c, piece_);
+        pack_piece<V>(features.rows + first * job_.c, job_.c, 1, rows, job_.c, piece_);
         for (int64_t p = 0; p < size_ / kWidth; ++p)
             kTiles<V>.store[rows](piece_, features.panels + p * job_.c * kWidth, job_.c, size_,
                                   out + p * kWidth);
@@ -151,7 +151,7 @@ class Panels {
         const auto pack = [&](bool wanted, const float* rows) {
             Features out{rows, to};
             if (wanted) {
-                pack_panels(rows, job.c, 1, job.n, job.c, Block<V>::kWidth, job.threads, to);
+                pack_panels<V>(rows, job.c, 1, job.n, job.c, job.threads, to);
                 to += each_;
             }
             return out;
@@ -366,7 +366,7 @@ void adjacency_backward(const Adjacency& job) {
     float* targets[3] = {job.daud, job.dforeground, job.davg};
     const bool wanted[3] = {with_a, needs.f, needs.i};
     for (int k = 0; k < 3; ++k)
-        if (wanted[k]) pack_panels(sources[k], 1, job.c, job.c, job.n, width, job.threads, lanes[k]);
+        if (wanted[k]) pack_panels<V>(sources[k], 1, job.c, job.c, job.n, job.threads, lanes[k]);
 
     const int64_t floats = Block<V>::floats(job.n, job.c) + size + V::kMaxCells * channels;
     const Scratch scratch(sizeof(float) * job.threads * floats);
@@ -382,7 +382,7 @@ void adjacency_backward(const Adjacency& job) {
         const float* matrices[3] = {block.a(), block.f(), block.i()};
         for (int k = 0; k < 3; ++k) {
             if (!wanted[k]) continue;
-            pack_piece(matrices[k], size, 1, rows, job.n, block.piece());
+            pack_piece<V>(matrices[k], size, 1, rows, job.n, block.piece());
             for (int64_t p = 0; p < channels / width; ++p)
                 kTiles<V>.store[rows](block.piece(), lanes[k] + p * job.n * width, job.n, channels,
                                       product + p * width);

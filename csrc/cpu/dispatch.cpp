@@ -26,10 +26,10 @@ const Kernels* choose() {
     std::string names;
     for (const Kernels* table : tables) {
         if (std::string(table->name) == wish) return table;
-        names += (names.empty() ? "" : ", ") + std::string(table->name);
+        names.append(names.empty() ? "" : ", ").append(table->name);
     }
-    throw std::runtime_error("FNAC_CPU_ISA is '" + std::string(wish) + "'; this machine and build run " +
-                             names);
+    std::string message = "FNAC_CPU_ISA is '";
+    throw std::runtime_error(message.append(wish).append("'; this machine and build run ").append(names));
 }
 
 }  // namespace

@@ -2,6 +2,9 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
+
+#include "cpu/dtypes.h"
 
 namespace fnac {
 namespace {
@@ -14,6 +17,56 @@ struct Avx2 {
 
     static F load(const float* p) { return _mm256_loadu_ps(p); }
     static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+    static F load(const BFloat16* p) {
+        const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+    }
+    static F load(const Float16* p) {
+        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    static void store(BFloat16* p, F x) {  // to nearest, ties to even
+        const __m256i bits = _mm256_castps_si256(x);
+        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+        const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+        const __m256i words =
+            _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
+        const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+    }
+    static void store(Float16* p, F x) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+    }
+    // The first n elements (all where n >= kLanes), 0 beyond.
+    template <class T>
+    static F load_n(const T* p, int64_t n) {
+        if (n >= kLanes) return load(p);
+        T part[kLanes] = {};
+        std::memcpy(part, p, sizeof(T) * n);
+        return load(part);
+    }
+    template <class T>
+    static void store_n(T* p, F x, int64_t n) {
+        if (n >= kLanes) return store(p, x);
+        T part[kLanes];
+        store(part, x);
+        std::memcpy(p, part, sizeof(T) * n);
+    }
+    static void transpose(F (&x)[8]) {
+        F t[8];
+        for (int i = 0; i < 8; i += 4) {
+            const F a = _mm256_unpacklo_ps(x[i], x[i + 1]), b = _mm256_unpackhi_ps(x[i], x[i + 1]),
+                    c = _mm256_unpacklo_ps(x[i + 2], x[i + 3]), d = _mm256_unpackhi_ps(x[i + 2], x[i + 3]);
+            t[i] = _mm256_shuffle_ps(a, c, 0x44);
+            t[i + 1] = _mm256_shuffle_ps(a, c, 0xee);
+            t[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
+            t[i + 3] = _mm256_shuffle_ps(b, d, 0xee);
+        }
+        for (int j = 0; j < 4; ++j) {
+            x[j] = _mm256_permute2f128_ps(t[j], t[4 + j], 0x20);
+            x[4 + j] = _mm256_permute2f128_ps(t[j], t[4 + j], 0x31);
+        }
+    }
     static F set(float x) { return _mm256_set1_ps(x); }
     static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
     static F add(F a, F b) { return _mm256_add_ps(a, b); }

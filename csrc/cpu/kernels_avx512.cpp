@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "cpu/dtypes.h"
+
 namespace fnac {
 namespace {
 
@@ -15,6 +17,64 @@ struct Avx512 {
 
     static F load(const float* p) { return _mm512_loadu_ps(p); }
     static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+    // The first n elements (all where n >= kLanes), 0 beyond.
+    static F load_n(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
+    static F load_n(const BFloat16* p, int64_t n) {
+        const __m256i bits = _mm256_maskz_loadu_epi16(first(n), p);
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+    }
+    static F load_n(const Float16* p, int64_t n) {
+        return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p));
+    }
+    static void store_n(float* p, F x, int64_t n) { _mm512_mask_storeu_ps(p, first(n), x); }
+    static void store_n(BFloat16* p, F x, int64_t n) {  // to nearest, ties to even
+        const __m512i bits = _mm512_castps_si512(x);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+        rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q),
+                                        _mm512_set1_epi32(0x7fc00000));
+        _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+    }
+    static void store_n(Float16* p, F x, int64_t n) {
+        _mm256_mask_storeu_epi16(p, first(n),
+                                 _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+    static __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1); }
+    static void transpose(F (&x)[16]) {
+        F t[16];
+#pragma GCC unroll 8
+        for (int i = 0; i < 16; i += 2) {
+            t[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+            t[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+        }
+        // Then x[4g + j] holds column 4L + j of rows 4g .. 4g + 3 in its quarter L.
+#pragma GCC unroll 4
+        for (int i = 0; i < 16; i += 4) {
+            x[i] = unpack_low(t[i], t[i + 2]);
+            x[i + 1] = unpack_high(t[i], t[i + 2]);
+            x[i + 2] = unpack_low(t[i + 1], t[i + 3]);
+            x[i + 3] = unpack_high(t[i + 1], t[i + 3]);
+        }
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+            const F even = _mm512_shuffle_f32x4(x[j], x[4 + j], 0x88),
+                    odd = _mm512_shuffle_f32x4(x[j], x[4 + j], 0xdd);
+            const F more_even = _mm512_shuffle_f32x4(x[8 + j], x[12 + j], 0x88),
+                    more_odd = _mm512_shuffle_f32x4(x[8 + j], x[12 + j], 0xdd);
+            t[j] = _mm512_shuffle_f32x4(even, more_even, 0x88);
+            t[8 + j] = _mm512_shuffle_f32x4(even, more_even, 0xdd);
+            t[4 + j] = _mm512_shuffle_f32x4(odd, more_odd, 0x88);
+            t[12 + j] = _mm512_shuffle_f32x4(odd, more_odd, 0xdd);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) x[i] = t[i];
+    }
+    static F unpack_low(F a, F b) {
+        return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+    }
+    static F unpack_high(F a, F b) {
+        return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+    }
     static F set(float x) { return _mm512_set1_ps(x); }
     static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     static F add(F a, F b) { return _mm512_add_ps(a, b); }

@@ -2,9 +2,48 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <utility>
+
+#include "cpu/dtypes.h"
 
 namespace fnac {
 namespace {
+
+float widen(float x) { return x; }
+float widen(BFloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+float widen(Float16 x) {
+    const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
+    const uint32_t rest = x.bits & 0x7fff;
+    if (rest >= 0x7c00) return std::bit_cast<float>(sign | 0x7f800000 | (rest & 0x3ff) << 13);
+    // Scaling by 2^112 moves the exponent's bias and makes half denormals normal.
+    const float magnitude = std::bit_cast<float>(rest << 13) * 0x1p112f;
+    return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(magnitude));
+}
+void narrow(float x, float& out) { out = x; }
+void narrow(float x, BFloat16& out) {  // to nearest, ties to even
+    const uint32_t bits = std::bit_cast<uint32_t>(x);
+    if (x != x) {
+        out.bits = 0x7fc0;
+    } else {
+        out.bits = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    }
+}
+void narrow(float x, Float16& out) {
+    const uint32_t bits = std::bit_cast<uint32_t>(x);
+    const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
+    uint32_t magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) {
+        out.bits = sign | 0x7e00;
+    } else if (magnitude >= 0x477ff000) {  // 65520 rounds to infinity
+        out.bits = sign | 0x7c00;
+    } else if (magnitude < 0x38800000) {  // denormal: adding 0.5 leaves the rounded bits at the bottom
+        const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
+        out.bits = sign | static_cast<uint16_t>(std::bit_cast<uint32_t>(shifted) - 0x3f000000);
+    } else {
+        magnitude += 0xc8000fff + ((magnitude >> 13) & 1);
+        out.bits = sign | static_cast<uint16_t>(magnitude >> 13);
+    }
+}
 
 struct Portable {
     static constexpr const char* kName = "portable";
@@ -25,6 +64,19 @@ struct Portable {
     }
     static void store(float* p, F x) {
         for (int i = 0; i < 4; ++i) p[i] = x.v[i];
+    }
+    // The first n elements (all where n >= kLanes), 0 beyond.
+    template <class T>
+    static F load_n(const T* p, int64_t n) {
+        return map([&](int i) { return i < n ? widen(p[i]) : 0.f; });
+    }
+    template <class T>
+    static void store_n(T* p, F x, int64_t n) {
+        for (int i = 0; i < kLanes && i < n; ++i) narrow(x.v[i], p[i]);
+    }
+    static void transpose(F (&x)[4]) {
+        for (int i = 0; i < 4; ++i)
+            for (int j = 0; j < i; ++j) std::swap(x[i].v[j], x[j].v[i]);
     }
     static F set(float x) {
         return map([&](int) { return x; });

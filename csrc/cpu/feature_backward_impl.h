@@ -1,0 +1,193 @@
+// The gradient of the features, sparse in the logits: each pair touches one cell. A task owns a slice of
+// channels for the whole batch, so daud has one writer and needs no reduction: results do not depend on the
+// number of threads. Per group of images the slice of features T and of gradients D lies as [cell][kSlice],
+// small enough for L1; going once over the audios does D[k] += g * a and da += g * T[k]. The pooled terms'
+// gradients are D's initial value, so dimg is written once.
+#pragma once
+
+namespace fnac {
+namespace {
+
+constexpr int64_t kSlice = 32;              // channels of a task
+constexpr int64_t kGroupBytes = 64 * 1024;  // T and D of the images handled at a time
+constexpr int64_t kMaxGroup = 8;
+
+template <class V, class T>
+class BackwardSlice {
+    using F = typename V::F;
+    static constexpr int kVectors = kSlice / V::kLanes;
+
+  public:
+    // memory: 2 * (images * cells + m) * kSlice floats
+    BackwardSlice(const FeatureBackward& job, int64_t first, int64_t images, float* memory)
+        : job_(job),
+          first_(first),
+          width_(smaller(kSlice, job.img.c - first)),
+          cells_(job.img.p * kSlice),
+          features_(memory),
+          grads_(memory + images * cells_),
+          aud_(grads_ + images * cells_),
+          daud_(aud_ + job.m * kSlice) {
+        if (job.aud != nullptr) load_audio();
+        for (int64_t n = 0; n < job.img.n; n += images) group(n, smaller(images, job.img.n - n));
+        if (job.daud != nullptr) store_audio();
+    }
+
+  private:
+    void load_audio() {
+        for (int64_t m = 0; m < job_.m; ++m) {
+            for (int v = 0; v < kVectors; ++v) {
+                const F a = part(job_.aud + m * job_.img.c, v);
+                V::store(aud_ + m * kSlice + v * V::kLanes, V::mul(a, V::set(job_.scale)));
+                V::store(daud_ + m * kSlice + v * V::kLanes, V::set(0.f));
+            }
+        }
+    }
+
+    void store_audio() {
+        for (int64_t m = 0; m < job_.m; ++m)
+            for (int v = 0; v < kVectors; ++v)
+                if (v * V::kLanes < width_)
+                    V::store_n(job_.daud + m * job_.img.c + first_ + v * V::kLanes,
+                               V::mul(V::load(daud_ + m * kSlice + v * V::kLanes), V::set(job_.scale)),
+                               width_ - v * V::kLanes);
+    }
+
+    // Vector v of this slice of a row of channels, 0 beyond the last channel and where there is no row.
+    template <class S>
+    F part(const S* row, int v) const {
+        if (row == nullptr || v * V::kLanes >= width_) return V::set(0.f);
+        return V::load_n(row + first_ + v * V::kLanes, width_ - v * V::kLanes);
+    }
+
+    void group(int64_t n0, int64_t count) {
+        for (int64_t i = 0; i < count; ++i) {
+            if (job_.daud != nullptr) load_features(n0 + i, features_ + i * cells_);
+            start_gradient(n0 + i, grads_ + i * cells_);
+            if (job_.grad_maps != nullptr) add_maps(n0 + i, features_ + i * cells_, grads_ + i * cells_);
+        }
+        if (job_.grad_logits != nullptr) {
+            if (job_.daud != nullptr && job_.dimg != nullptr)
+                add_logits<true, true>(n0, count);
+            else if (job_.daud != nullptr)
+                add_logits<false, true>(n0, count);
+            else
+                add_logits<true, false>(n0, count);
+        }
+        if (job_.dimg != nullptr)
+            for (int64_t i = 0; i < count; ++i) store_gradient(n0 + i, grads_ + i * cells_);
+    }
+
+    void load_features(int64_t n, float* to) const {
+        const FeatureMap& img = job_.img;
+        const T* from = static_cast<const T*>(img.data) + n * img.image_size();
+        if (img.stride_p == 1) {
+            transpose<V>(from + first_ * img.stride_c, img.stride_c, width_, img.p, to, kSlice);
+        } else {
+            for (int64_t p = 0; p < img.p; ++p)
+                for (int v = 0; v < kVectors; ++v)
+                    V::store(to + p * kSlice + v * V::kLanes, part(from + p * img.stride_p, v));
+        }
+    }
+
+    void start_gradient(int64_t n, float* d) const {
+        const int64_t p = job_.img.p;
+        const F share = V::set(1.f / static_cast<float>(p));
+        F mean[kVectors], fore[kVectors];
+        const auto row = [&](const float* rows) { return rows == nullptr ? nullptr : rows + n * job_.img.c; };
+        for (int v = 0; v < kVectors; ++v) {
+            mean[v] = V::mul(part(row(job_.grad_avg), v), share);
+            fore[v] = V::mul(part(row(job_.grad_foreground), v), share);
+        }
+        for (int64_t i = 0; i < p; ++i) {
+            const F weight = V::set(job_.mask != nullptr ? static_cast<float>(job_.mask[n * p + i]) : 0.f);
+            for (int v = 0; v < kVectors; ++v)
+                V::store(d + i * kSlice + v * V::kLanes, V::fma(weight, fore[v], mean[v]));
+        }
+    }
+
+    void add_maps(int64_t n, const float* x, float* d) const {
+        for (int64_t p = 0; p < job_.img.p; ++p) add(job_.grad_maps[n * job_.img.p + p], n, x, d, p);
+    }
+
+    void add(float g, int64_t m, const float* x, float* d, int64_t p) const {
+        for (int v = 0; v < kVectors; ++v) {
+            const int64_t lane = v * V::kLanes, cell = p * kSlice + lane, audio = m * kSlice + lane;
+            V::store(d + cell, V::fma(V::set(g), V::load(aud_ + audio), V::load(d + cell)));
+            if (job_.daud != nullptr)
+                V::store(daud_ + audio, V::fma(V::set(g), V::load(x + cell), V::load(daud_ + audio)));
+        }
+    }
+
+    template <bool kImg, bool kAud>
+    void add_logits(int64_t n0, int64_t count) const {
+        for (int64_t m = 0; m < job_.m; ++m) {
+            F a[kVectors], da[kVectors];
+            for (int v = 0; v < kVectors; ++v) {
+                a[v] = V::load(aud_ + m * kSlice + v * V::kLanes);
+                da[v] = V::load(daud_ + m * kSlice + v * V::kLanes);
+            }
+            for (int64_t i = 0; i < count; ++i) {
+                const int64_t pair = (n0 + i) * job_.m + m;
+                const F g = V::set(job_.grad_logits[pair]);
+                const int64_t cell = i * cells_ + job_.argmax[pair] * kSlice;
+                for (int v = 0; v < kVectors; ++v) {
+                    float* d = grads_ + cell + v * V::kLanes;
+                    if constexpr (kImg) V::store(d, V::fma(g, a[v], V::load(d)));
+                    if constexpr (kAud) da[v] = V::fma(g, V::load(features_ + cell + v * V::kLanes), da[v]);
+                }
+            }
+            if constexpr (kAud)
+                for (int v = 0; v < kVectors; ++v) V::store(daud_ + m * kSlice + v * V::kLanes, da[v]);
+        }
+    }
+
+    void store_gradient(int64_t n, const float* d) const {
+        const FeatureMap& img = job_.img;
+        T* to = static_cast<T*>(job_.dimg) + n * img.image_size();
+        if (img.stride_p == 1) {
+            store_nchw(d, to + first_ * img.stride_c);
+        } else {
+            for (int64_t p = 0; p < img.p; ++p)
+                for (int v = 0; v < kVectors; ++v)
+                    if (v * V::kLanes < width_)
+                        V::store_n(to + p * img.stride_p + first_ + v * V::kLanes,
+                                   V::load(d + p * kSlice + v * V::kLanes), width_ - v * V::kLanes);
+        }
+    }
+
+    void store_nchw(const float* d, T* to) const {
+        const int64_t p = job_.img.p;
+        for (int64_t j = 0; j < width_; j += V::kLanes) {
+            for (int64_t i = 0; i < p; i += V::kLanes) {
+                const int64_t cells = smaller(V::kLanes, p - i);
+                F x[V::kLanes];
+                for (int64_t k = 0; k < V::kLanes; ++k)
+                    x[k] = k < cells ? V::load(d + (i + k) * kSlice + j) : V::set(0.f);
+                V::transpose(x);
+                const int64_t rows = smaller(V::kLanes, width_ - j);
+                for (int64_t k = 0; k < rows; ++k) V::store_n(to + (j + k) * p + i, x[k], cells);
+            }
+        }
+    }
+
+    const FeatureBackward& job_;
+    const int64_t first_, width_, cells_;
+    float *const features_, *const grads_, *const aud_, *const daud_;
+};
+
+template <class V>
+void feature_backward(const FeatureBackward& job) {
+    const FeatureMap& img = job.img;
+    const int64_t fit = kGroupBytes / static_cast<int64_t>(2 * sizeof(float) * img.p * kSlice);
+    const int64_t images = smaller(img.n, fit < 1 ? 1 : smaller(fit, kMaxGroup));
+    const int64_t worker_size = 2 * (images * img.p + job.m) * kSlice;
+    const Scratch scratch(sizeof(float) * job.threads * worker_size);
+    parallel_for(job.threads, ceil_div(img.c, kSlice), [&](int64_t slice, int worker) {
+        float* memory = scratch.as<float>() + worker * worker_size;
+        with_dtype(img.dtype, [&]<class T>(T) { BackwardSlice<V, T>(job, slice * kSlice, images, memory); });
+    });
+}
+
+}  // namespace
+}  // namespace fnac

@@ -1,0 +1,65 @@
+// One micro-kernel does all dense products: R rows ("cells", broadcast) times a panel of 2 vectors ("lanes"),
+// over a common length k. A piece is stored [k][R], a panel [k][2 * kLanes]. Lanes are audios in the forward
+// pass, so maximum and argmax are vertical; they are channels in the products of the adjacency gradient.
+#pragma once
+
+namespace fnac {
+namespace {
+
+template <class V, int R>
+inline __attribute__((always_inline)) void dot_tile(const float* piece, const float* panel, int64_t k,
+                                                    typename V::F (&acc)[R][2]) {
+    for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = V::set(0.f);
+    for (int64_t i = 0; i < k; ++i) {
+        const typename V::F b0 = V::load(panel + i * 2 * V::kLanes);
+        const typename V::F b1 = V::load(panel + i * 2 * V::kLanes + V::kLanes);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            const typename V::F a = V::set(piece[i * R + r]);
+            acc[r][0] = V::fma(a, b0, acc[r][0]);
+            acc[r][1] = V::fma(a, b1, acc[r][1]);
+        }
+    }
+}
+
+template <class V, int R>
+void tile_max(const float* piece, const float* panel, int64_t k, int32_t first_cell, float* best,
+              int32_t* index) {
+    typename V::F acc[R][2];
+    dot_tile<V, R>(piece, panel, k, acc);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+        V::update_max(acc[r][0], first_cell + r, best, index);
+        V::update_max(acc[r][1], first_cell + r, best + V::kLanes, index + V::kLanes);
+    }
+}
+
+template <class V, int R>
+void tile_store(const float* piece, const float* panel, int64_t k, int64_t out_stride, float* out) {
+    typename V::F acc[R][2];
+    dot_tile<V, R>(piece, panel, k, acc);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+        V::store(out + r * out_stride, acc[r][0]);
+        V::store(out + r * out_stride + V::kLanes, acc[r][1]);
+    }
+}
+
+template <class V>
+struct Tiles {
+    using Max = void (*)(const float*, const float*, int64_t, int32_t, float*, int32_t*);
+    using Store = void (*)(const float*, const float*, int64_t, int64_t, float*);
+    Max max[V::kMaxCells + 1];
+    Store store[V::kMaxCells + 1];
+};
+
+template <class V, int... R>
+constexpr Tiles<V> make_tiles(std::integer_sequence<int, R...>) {
+    return {{nullptr, tile_max<V, R + 1>...}, {nullptr, tile_store<V, R + 1>...}};
+}
+
+template <class V>
+constexpr Tiles<V> kTiles = make_tiles<V>(std::make_integer_sequence<int, V::kMaxCells>{});
+
+}  // namespace
+}  // namespace fnac
