@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc CMakeLists.txt setup.py pyproject.toml constraints.txt -type f 2>/dev/null)
 
-.PHONY: install test lint format demo clean
+.PHONY: install test lint format demo bench bench-check clean
 
 install: $(VENV)/.installed
 
@@ -33,6 +33,14 @@ format: install
 
 test: lint
 	$(BIN)/python -m pytest -q tests
+
+# What the kernels are worth on this machine, in about 5 minutes on 2 cores; the rivals come with `pip install -e .[bench]`.
+bench: install
+	$(BIN)/python -m bench
+
+# A guard against regressions: ratios to plain PyTorch, measured in one run.
+bench-check: install
+	$(BIN)/python -m bench.check
 
 clean:
 	rm -rf build *.egg-info fnac_kernels/*.so

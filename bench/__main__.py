@@ -11,17 +11,10 @@ from pathlib import Path
 import torch
 
 from bench import limits, machine, memory, rivals, work
-from bench.cases import CASES, OPS, Case, Op
+from bench.cases import CASES, DEFAULT, OPS, Case, Op
 from bench.report import table
 from bench.results import Row, Run
 from bench.timer import interleave
-
-#: What runs in a few minutes on two cores, and says whether the kernels help: the sizes around the published one.
-DEFAULT = {
-    "fnac_loss": ("b32-7x7", "b128-7x7", "published", "b1024-7x7", "b128-14x14"),
-    "max_logits": ("published",),
-    "max_logits_forward": ("published",),
-}
 
 
 def arguments() -> argparse.ArgumentParser:

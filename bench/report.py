@@ -1,41 +1,188 @@
-"""Tables and plots from results: the table of a run, and README.md's."""
+"""Tables from results: the text of a run, and the README's section between its markers (``python -m bench.report``)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
-from bench.results import Row
+from bench import plots
+from bench.cases import CASES, OPS, Case
+from bench.results import DIRECTORY, Row, Run
+from bench.rivals import BASELINE, CONTENDERS
+
+README = DIRECTORY.parents[1] / "README.md"
+BEGIN, END = "<!-- bench: made by python -m bench.report -->", "<!-- bench: end -->"
 
 
 def table(rows: Sequence[Row]) -> str:
     """The rows of one case as text, a contender each."""
-    lines: list[tuple[str, ...]] = [
-        ("", "ms p50", "p20", "p80", "x eager", "limit", "peak MB", "err value", "err grad")
-    ]
+    head = ("", "ms p50", "p20", "p80", f"x {BASELINE}", "of limit", "peak MB", "err value", "err grad")
+    lines = [_aligned(head)]
     for row in rows:
         if row.p50 is None:
-            lines.append((row.contender, f"  {row.status}: {row.detail}"))
+            lines.append(f"{row.contender:<26}  {row.status}: {row.detail}")
             continue
-        lines.append(
-            (
-                row.contender,
-                *(_number(t) for t in (row.p50, row.p20, row.p80, row.ratio)),
-                "" if row.fraction is None else f"{row.fraction:.0%}",
-                "" if row.peak_bytes is None else _number(row.peak_bytes / 1e6),
-                f"{row.value_error:.0e}",
-                f"{row.grad_error:.0e}",
-            )
-        )
-    return "\n".join("  ".join(_aligned(cells)) for cells in lines)
+        figures = [_number(x) for x in (row.p50, row.p20, row.p80, row.ratio)]
+        figures += ["" if row.fraction is None else f"{row.fraction:.0%}", _megabytes(row.peak_bytes)]
+        figures += ["" if x is None else f"{x:.0e}" for x in (row.value_error, row.grad_error)]
+        lines.append(_aligned((row.contender, *figures)))
+    return "\n".join(lines)
 
 
-def _aligned(cells: tuple[str, ...]) -> list[str]:
-    name, *figures = cells
-    return [f"{name:<26}", *(f"{figure:>9}" for figure in figures)]
+def _aligned(cells: tuple[str, ...]) -> str:
+    return "  ".join((f"{cells[0]:<26}", *(f"{figure:>9}" for figure in cells[1:])))
 
 
 def _number(x: float | None) -> str:
     """Three significant digits, plainly."""
     if x is None:
         return ""
-    return f"{x:.0f}" if x >= 100 else f"{x:.3g}" if x >= 10 else f"{x:.2f}"
+    return f"{x:,.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}"
+
+
+def _megabytes(size: int | None) -> str:
+    return "" if size is None else _number(size / 1e6)
+
+
+# --- README ---------------------------------------------------------------------------------------------------------
+
+
+def section(runs: Sequence[Run]) -> str:
+    """Everything between the markers: per machine its facts, a table per operation and dtype, and the curves."""
+    parts = []
+    for device in dict.fromkeys(run.machine["device"] for run in runs):
+        mine = [run for run in runs if run.machine["device"] == device]
+        rows = sorted((row for run in mine for row in run.rows), key=_place)
+        parts.append(_facts(mine))
+        for op, dtype in dict.fromkeys((row.op, row.dtype) for row in rows):
+            parts.append(_markdown(op, dtype, [row for row in rows if (row.op, row.dtype) == (op, dtype)]))
+        parts += filter(None, [_absent(rows)])
+        parts += [_picture(plot) for plot in plots.names(rows, mine[0].machine["kind"])]
+    return "\n\n".join(parts)
+
+
+def _place(row: Row) -> tuple[int, int]:
+    """Operations in the order of ``OPS``, the training step after them; float32 first."""
+    ops = list(OPS)
+    return ops.index(row.op) if row.op in ops else len(ops), ("float32", "bfloat16", "float16").index(row.dtype)
+
+
+def _facts(runs: Sequence[Run]) -> str:
+    machine = runs[0].machine
+    peaks = next((run.peaks for run in runs if run.peaks), {})
+    names = {
+        "fma": "float32 multiply-adds {:,.0f} GFLOP/s",
+        "gemm_float32": "float32 GEMM {:,.0f}",
+        "gemm_bfloat16": "bfloat16 GEMM {:,.0f}",
+        "amx_bfloat16": "bfloat16 tiles (AMX) {:,.0f}",
+        "copy": "memory copy {:,.0f} GB/s",
+    }
+    limits = ", ".join(text.format(peaks[key] / 1e9) for key, text in names.items() if key in peaks)
+    where = f"{machine['threads']} threads, {machine['instruction_set']}" if machine["kind"] == "cpu" else "one device"
+    commits = ", ".join(dict.fromkeys(run.machine["commit"] for run in runs))
+    memory = next((run.settings["memory_limit"] for run in runs if "memory_limit" in run.settings), None)
+    return (
+        f"### {machine['device']} ({where})\n\n"
+        f"torch {machine['versions']['torch']}, {machine['date']}, commit {commits}. Measured limits: {limits}. "
+        f"Milliseconds are medians of interleaved runs; in brackets how many times faster than {BASELINE}. "
+        f"*Of limit*: the share of the machine's limit that our kernel reaches. *Peak*: memory beyond the inputs, "
+        f"results included; a call that needs more than {memory:g} GiB is out of memory."
+    )
+
+
+def _markdown(op: str, dtype: str, rows: Sequence[Row]) -> str:
+    tried = [row for row in rows if row.status != "not run"]
+    names = [name for name in (*CONTENDERS, "no loss") if any(row.contender == name for row in tried)]
+    ours = [name for name in names if name in CONTENDERS and CONTENDERS[name].ours]
+    what = OPS[op].what if op in OPS else "two ResNet-18, the loss and the optimizer"
+    limits = any(row.fraction is not None for row in tried)
+    head = ["case", *(f"**{name}**" if name in ours else name for name in names)]
+    head += ["of limit", f"peak MB, {BASELINE}", "ours"] if limits else []
+    lines = [f"`{op}` in {dtype}: {what}.", "", _cells(head), _cells(["---"] + ["---:"] * (len(head) - 1))]
+    for case in dict.fromkeys(row.case for row in sorted(tried, key=_size)):
+        of = {row.contender: row for row in tried if row.case == case}
+        mine = of.get(ours[0]) if ours else None
+        cells = [_case(case), *(_figure(of.get(name), name in ours) for name in names)]
+        if limits:
+            share = f"{mine.fraction:.0%}" if mine and mine.fraction is not None else ""
+            base = of.get(BASELINE)
+            cells += [share, *("" if row is None else _megabytes(row.peak_bytes) for row in (base, mine))]
+        lines.append(_cells(cells))
+    return "\n".join(lines)
+
+
+def _absent(rows: Sequence[Row]) -> str:
+    """Who ran nowhere, and why."""
+    ran = {row.contender for row in rows if row.status != "not run"}
+    reasons = {row.contender: row.detail for row in rows if row.contender not in ran}
+    return "Not run: " + "; ".join(f"{name} ({why})" for name, why in reasons.items()) + "." if reasons else ""
+
+
+def _size(row: Row) -> tuple[int, int]:
+    case = CASES.get(row.case)
+    return (case.cells, case.n * case.m) if case else (0, 0)
+
+
+def _case(name: str) -> str:
+    case: Case | None = CASES.get(name)
+    if case is None:
+        return name
+    batch = f"B={case.n}" if case.paired else f"{case.n} images, {case.m} sounds"
+    notes = [name] if not name.startswith("b") else []
+    return f"{batch}, {case.h}x{case.w}" + (f" ({notes[0]})" if notes else "")
+
+
+def _figure(row: Row | None, ours: bool) -> str:
+    if row is None:
+        return ""
+    if row.p50 is None:
+        return row.status
+    text = f"{_number(row.p50)} ({row.ratio:.2f}x)" if row.ratio else _number(row.p50)
+    return f"**{text}**" if ours else text
+
+
+def _cells(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _picture(name: str) -> str:
+    """GitHub shows the one that fits the reader's theme."""
+    folder = DIRECTORY.relative_to(README.parent).as_posix()
+    return (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{folder}/{name}-dark.png">'
+        f'<img alt="How time and peak memory of the loss grow" src="{folder}/{name}-light.png"></picture>'
+    )
+
+
+def committed() -> list[Run]:
+    """The committed results, in the order of their file names."""
+    return [Run.read(path) for path in sorted(DIRECTORY.glob("*.json"))]
+
+
+def with_section(text: str, made: str) -> str:
+    """``text`` with what stands between the markers replaced."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md lacks the markers {BEGIN!r} and {END!r}")
+    return f"{before}{BEGIN}\n\n{made}\n\n{END}{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("--results", type=Path, help="print the section of these results instead (a folder of JSON)")
+    options = parser.parse_args()
+    if options.results:
+        print(section([Run.read(path) for path in sorted(options.results.glob("*.json"))]))
+        return
+    runs = committed()
+    temporary = README.with_name(README.name + ".tmp")
+    temporary.write_text(with_section(README.read_text(), section(runs)))
+    os.replace(temporary, README)
+    plots.draw(runs, DIRECTORY)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""How time and peak memory grow, on log axes: a picture for light pages and one for dark pages."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.cases import CASES, Case
+from bench.results import Row, Run
+from bench.rivals import CONTENDERS
+
+#: What a curve runs over: the label of its axis and a case's place on it.
+SERIES = {
+    "batch": ("batch size (7x7 cells)", lambda case: case.n),
+    "cells": ("cells of a map (batch 128)", lambda case: case.cells),
+}
+#: Ink of each theme, and colours that stay apart for the colour-blind (Okabe and Ito).
+THEMES = {"light": "#24292f", "dark": "#d0d7de"}
+COLOURS = ("#999999", "#e69f00", "#56b4e9", "#cc79a7")
+OURS = ("#009e73", "#d55e00", "#0072b2")
+
+
+def names(rows: Sequence[Row], kind: str) -> list[str]:
+    """The pictures that these rows of a kind of device give, without theme and suffix."""
+    return [f"growth-{kind}"] if _curves(rows, "batch", "p50") else []
+
+
+def draw(runs: Sequence[Run], folder: Path) -> None:
+    """Write the pictures of every kind of device among the runs."""
+    for kind in dict.fromkeys(run.machine["kind"] for run in runs):
+        rows = [row for run in runs if run.machine["kind"] == kind for row in run.rows]
+        limit = next((run.settings["memory_limit"] for run in runs if "memory_limit" in run.settings), None)
+        for name in names(rows, kind):
+            for theme, ink in THEMES.items():
+                _figure(rows, limit, ink, folder / f"{name}-{theme}.png")
+
+
+def _curves(rows: Sequence[Row], series: str, field: str) -> dict[str, list[tuple[float, float | None]]]:
+    """Per contender its points of the float32 loss; None where it ran out of memory."""
+    place = SERIES[series][1]
+    curves: dict[str, list[tuple[float, float | None]]] = {}
+    for row in rows:
+        case: Case = CASES.get(row.case, CASES["tiny"])
+        if row.op != "fnac_loss" or row.dtype != "float32" or series not in case.series:
+            continue
+        value = getattr(row, field)
+        if value is not None or row.status == "out of memory":
+            curves.setdefault(row.contender, []).append((place(case), value))
+    return {name: sorted(points, key=lambda point: point[0]) for name, points in curves.items()}
+
+
+def _figure(rows: Sequence[Row], limit: float | None, ink: str, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    style: Any = {
+        "text.color": ink,
+        "axes.edgecolor": ink,
+        "axes.labelcolor": ink,
+        "xtick.color": ink,
+        "ytick.color": ink,
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    with plt.rc_context(style):
+        figure, axes = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained", sharex="col", sharey="row")
+        for column, (series, (label, _)) in zip(axes.T, SERIES.items(), strict=True):
+            _panel(column[0], _curves(rows, series, "p50"), 1.0)
+            _panel(column[1], _curves(rows, series, "peak_bytes"), 1e-6)
+            column[1].set_xlabel(label)
+            if limit is not None:
+                column[1].axhline(limit * 1024**3 / 1e6, color=ink, linewidth=0.8, linestyle=":")
+        axes[0, 0].set_ylabel("forward + backward, ms")
+        axes[1, 0].set_ylabel("peak memory beyond inputs, MB")
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+        temporary = path.with_name(path.name + ".tmp")
+        figure.savefig(temporary, format="png", dpi=110, transparent=True, metadata={"Software": None})
+        plt.close(figure)
+    os.replace(temporary, path)
+
+
+def _panel(axis: Any, curves: dict[str, list[tuple[float, float | None]]], unit: float) -> None:
+    colours, ours = iter(COLOURS), iter(OURS)
+    for name in CONTENDERS:
+        if name not in curves:
+            continue
+        mine = CONTENDERS[name].ours
+        colour = next(ours if mine else colours)
+        points = [(x, y * unit) for x, y in curves[name] if y is not None]
+        label = f"fnac_kernels, {name}" if mine else name
+        axis.loglog(*zip(*points, strict=True), "o-", color=colour, label=label, linewidth=2.5 if mine else 1.5, ms=4)
+        full = [x for x, y in curves[name] if y is None]
+        if full:
+            x, y = min(full), points[-1][1]
+            axis.plot([points[-1][0], x], [y, y], color=colour, linestyle=":", linewidth=1.5)
+            axis.plot([x], [y], "x", color=colour, ms=9, mew=2)
+            axis.annotate("out of memory", (x, y), (0, 7), textcoords="offset points", ha="right", color=colour, size=8)
+    axis.grid(alpha=0.25)

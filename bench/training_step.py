@@ -1,0 +1,111 @@
+"""``python -m bench.training_step``: how much of a training step (two ResNet-18, an optimizer) the loss is.
+
+At the published setting the encoders take nearly all of the time; this says so in milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fnac_kernels
+from bench import machine, rivals
+from bench.cases import OPS, TAU, Case
+from bench.report import table
+from bench.results import Row, Run
+from bench.timer import interleave
+from fnac_kernels import reference
+
+#: The encoders alone, with a gradient of ones: what the loss cannot change.
+WITHOUT_LOSS = "no loss"
+
+
+class Encoders(nn.Module):
+    """Images ``(B, 3, H, W)`` and spectrograms ``(B, 1, F, T)`` to ``(B, 512, H/32, W/32)`` and ``(B, 512)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torchvision.models import resnet18
+
+        def trunk(channels: int) -> nn.Sequential:
+            layers = list(resnet18().children())[:-2]
+            layers[0] = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
+            return nn.Sequential(*layers)
+
+        self.image, self.audio = trunk(3), trunk(1)
+
+    def forward(self, images: Tensor, spectrograms: Tensor) -> tuple[Tensor, Tensor]:
+        aud = self.audio(spectrograms).amax(dim=(2, 3))
+        return F.normalize(self.image(images), dim=1), F.normalize(aud, dim=1)
+
+
+def training_step(loss: Callable[[Tensor, Tensor], Tensor], model: Encoders, *batch: Tensor) -> Callable[[], Tensor]:
+    model = copy.deepcopy(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+
+    def run() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(*model(*batch))
+        value.backward()
+        optimizer.step()
+        return value.detach()
+
+    return run
+
+
+def losses(device: str) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    def of(library: Any, **backend: str) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda img, aud: library.fnac_loss(img, aud, TAU, **backend).loss
+
+    case = Case("step", 2, 2)
+    ours = [c.name for c in rivals.CONTENDERS.values() if c.ours and c.problem(OPS["fnac_loss"], case, device) is None]
+    return {
+        rivals.BASELINE: of(reference),
+        **{name: of(fnac_kernels, backend=name) for name in ours},
+        WITHOUT_LOSS: lambda img, aud: img.sum() + aud.sum(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.training_step", description=__doc__)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--size", type=int, default=224, help="image height and width")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--out", type=Path, help="write the results here, as JSON")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    model = Encoders().to(options.device)
+    batch = (
+        torch.randn(options.batch, 3, options.size, options.size, device=options.device),
+        torch.randn(options.batch, 1, 257, 200, device=options.device),
+    )
+    steps = {name: training_step(loss, model, *batch) for name, loss in losses(options.device).items()}
+    first = {name: step().item() for name, step in steps.items()}
+    for name, value in first.items():
+        if name != WITHOUT_LOSS and abs(value - first[rivals.BASELINE]) > 1e-4 * abs(value):
+            raise SystemExit(f"{name} gives a loss of {value}, {rivals.BASELINE} {first[rivals.BASELINE]}: not timed")
+    timings = interleave(steps, options.device, rounds=options.rounds, seconds=options.seconds)
+    case = f"b{options.batch}-{options.size // 32}x{options.size // 32}"
+    rows = [
+        Row("training_step", case, "float32", name, "ok", "", t.p20, t.p50, t.p80, t.rounds)
+        for name, t in timings.items()
+    ]
+    for row in rows:
+        row.ratio = timings[rivals.BASELINE].p50 / timings[row.contender].p50
+    print(f"a training step, batch {options.batch}, {options.size}x{options.size} images\n{table(rows)}")
+    if options.out:
+        settings = {"rounds": options.rounds, "seconds": options.seconds, "threads": torch.get_num_threads()}
+        Run(machine.facts(options.device), settings, {}, rows).write(options.out)
+
+
+if __name__ == "__main__":
+    main()

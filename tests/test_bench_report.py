@@ -1,0 +1,66 @@
+"""README's performance section is what the report makes of the committed results."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench import plots, report
+from bench.results import DIRECTORY, Row, Run
+
+RUN = Run(
+    machine={
+        "device": "a processor",
+        "kind": "cpu",
+        "threads": 2,
+        "instruction_set": "avx2",
+        "versions": {"torch": "2.11.0"},
+        "commit": "abc",
+        "date": "2026-01-01",
+    },
+    settings={"memory_limit": 8.0},
+    peaks={"fma": 4e11, "copy": 2e10},
+    rows=[
+        Row("fnac_loss", "published", "float32", "eager", p50=80.0, ratio=1.0, peak_bytes=147_000_000),
+        Row("fnac_loss", "published", "float32", "cpu", p50=40.0, ratio=2.0, fraction=0.22, peak_bytes=34_000_000),
+        Row("fnac_loss", "published", "float32", "cuda", "not run", "runs on cuda"),
+        Row("fnac_loss", "b4096-7x7", "float32", "eager", "out of memory", "needs more"),
+        Row("fnac_loss", "b4096-7x7", "float32", "cpu", p50=4000.0, peak_bytes=600_000_000),
+    ],
+)
+
+
+def test_readme_is_what_the_report_makes():
+    text = report.README.read_text()
+    assert report.with_section(text, report.section(report.committed())) == text
+
+
+def test_every_picture_in_the_readme_is_committed():
+    runs = report.committed()
+    for name in plots.names([row for run in runs for row in run.rows], "cpu"):
+        for theme in plots.THEMES:
+            assert (DIRECTORY / f"{name}-{theme}.png").stat().st_size > 10_000
+
+
+def test_committed_results_name_each_figure_once():
+    keys = [
+        (r.machine["device"], row.op, row.case, row.dtype, row.contender) for r in report.committed() for row in r.rows
+    ]
+    assert len(keys) == len(set(keys))
+
+
+def test_the_section_shows_ours_against_the_baseline_and_who_ran_out_of_memory():
+    made = report.section([RUN])
+    assert "| B=256, 7x7 (published) | 80.0 (1.00x) | **40.0 (2.00x)** | 22% | 147 | 34.0 |" in made
+    assert "| B=4096, 7x7 | out of memory | **4,000** |" in made
+    assert "Not run: cuda (runs on cuda)." in made
+    assert "float32 multiply-adds 400 GFLOP/s" in made
+
+
+def test_a_readme_without_markers_is_refused():
+    with pytest.raises(ValueError, match="lacks the markers"):
+        report.with_section("# nothing here", "made")
+
+
+def test_the_plots_are_drawn_for_both_themes(tmp_path):
+    plots.draw([RUN], tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["growth-cpu-dark.png", "growth-cpu-light.png"]
