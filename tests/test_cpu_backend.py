@@ -1,0 +1,133 @@
+"""What only the CPU backend has: instruction sets chosen at run time, threads, forks, NaN and inf, bounded memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import fnac_kernels as fk
+from fnac_kernels import _dispatch
+
+pytestmark = pytest.mark.skipif(_dispatch.BACKENDS["cpu"].problem is not None, reason="the cpu backend is not built")
+
+ISAS = fk.info()["cpu"]["available"]
+
+
+def features(n: int = 37, c: int = 64, side: int = 7) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    img = F.normalize(torch.randn(n, c, side, side, generator=generator), dim=1)
+    return img, F.normalize(torch.randn(n, c, generator=generator), dim=1)
+
+
+def loss_and_gradients(img: Tensor, aud: Tensor) -> list[Tensor]:
+    img, aud = img.clone().requires_grad_(), aud.clone().requires_grad_()
+    out = fk.fnac_loss(img, aud, backend="cpu")
+    out.loss.backward()
+    return [out.loss.detach(), out.maps.detach(), img.grad, aud.grad]
+
+
+def run_pinned(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"FNAC_CPU_ISA": isa, "OMP_NUM_THREADS": "2"}
+    return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=600, check=False)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set_passes_the_table(isa):
+    if isa == fk.info()["cpu"]["instruction_set"]:
+        pytest.skip("this one is what test_backends.py runs on")
+    table = Path(__file__).with_name("test_backends.py")
+    done = run_pinned(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(table), "-k", "cpu")
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_environment_pins_the_instruction_set(isa):
+    done = run_pinned(isa, "-c", "import fnac_kernels as fk; print(fk.info()['cpu']['instruction_set'])")
+    assert done.stdout.strip() == isa
+
+
+def test_an_unknown_instruction_set_is_an_error_that_names_those_there_are():
+    done = run_pinned(
+        "mmx", "-c", "import torch, fnac_kernels as fk; fk.max_logits(torch.ones(1,1,1,1), torch.ones(1,1))"
+    )
+    assert done.returncode != 0
+    assert "FNAC_CPU_ISA is 'mmx'" in done.stderr
+    assert all(isa in done.stderr for isa in ISAS)
+
+
+def test_results_depend_neither_on_the_run_nor_on_the_number_of_threads():
+    img, aud = features()
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (2, 2, 1, 3):
+            torch.set_num_threads(count)
+            results.append(loss_and_gradients(img, aud))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_several_python_threads_may_call_at_once():
+    img, aud = features()
+    expected = loss_and_gradients(img, aud)
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(lambda _: loss_and_gradients(img, aud), range(12)):
+            assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def test_a_forked_child_computes_too():
+    img, aud = features()
+    expected = fk.max_logits(img, aud, backend="cpu")
+
+    def child() -> None:
+        same = torch.equal(fk.max_logits(img, aud, backend="cpu"), expected)
+        os._exit(0 if same else 1)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(60)
+    if process.is_alive():
+        process.kill()
+    assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_inf_propagate_as_in_the_reference(value, layout):
+    img, aud = features()
+    img[3, 5, 2, 4] = value
+    img = img.contiguous(memory_format=layout)
+    for op in (fk.max_logits, fk.paired_maps):
+        got, expected = op(img, aud, backend="cpu"), op(img, aud, backend="reference")
+        torch.testing.assert_close(got, expected, equal_nan=True, rtol=1e-4, atol=1e-4)
+    aud[7, 1] = value
+    got, expected = fk.max_logits(img, aud, backend="cpu"), fk.max_logits(img, aud, backend="reference")
+    torch.testing.assert_close(got, expected, equal_nan=True, rtol=1e-4, atol=1e-4)
+    assert fk.fnac_loss(img, aud, backend="cpu").loss.isnan()
+
+
+def test_nothing_of_the_size_of_all_similarities_is_made():
+    # In a process of its own: the peak of the resident set, over what the features and their gradients take.
+    code = """
+import resource, torch, fnac_kernels as fk
+img, aud = torch.randn(512, 128, 7, 7).requires_grad_(), torch.randn(512, 128).requires_grad_()
+small = fk.fnac_loss(img[:8], aud[:8], backend='cpu').loss.backward()
+img.grad = aud.grad = None
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+fk.fnac_loss(img, aud, backend='cpu').loss.backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    gradient, similarities = 512 * 128 * 49 * 4 / 1024, 512 * 512 * 49 * 4 / 1024  # KiB: 12544 and 50176
+    assert int(done.stdout) < gradient + similarities / 2
