@@ -36,6 +36,12 @@ def upsample(maps: Tensor, size: int = SIZE, mode: Upsampling = "bicubic") -> Te
     return larger[:, 0]
 
 
+def minmax(maps: Tensor) -> Tensor:
+    """Each map ``(N, S, S)`` scaled to 0..1; a constant one becomes 0."""
+    low, high = maps.amin(dim=(1, 2), keepdim=True), maps.amax(dim=(1, 2), keepdim=True)
+    return (maps - low) / (high - low).clamp(min=torch.finfo(maps.dtype).tiny)
+
+
 def ciou(maps: Tensor, gt: Tensor) -> Tensor:
     """Consensus IoU (N,) of the map's upper half: pixels that are at least the map's own median (sorted element n/2).
 

@@ -1,0 +1,57 @@
+"""Weights from files: official checkpoints, Lightning's, plain state dicts. Nothing in a file is ever executed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LIGHTNING_PREFIX = "model."  # the attribute of the Lightning module that holds the model
+
+# Official files keep their best scores as numpy scalars, which torch's safe unpickler must be told are harmless.
+_HARMLESS: list[Any] = [
+    np._core.multiarray.scalar,  # type: ignore[attr-defined]
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # type: ignore[attr-defined]
+    np.dtype,
+    *{type(np.dtype(name)) for name in ("float16", "float32", "float64", "int32", "int64", "bool")},
+]
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Parameters and buffers by name, from a checkpoint of the official code (``best.pth``), of this project, or a
+    plain state dict. The prefix that DistributedDataParallel leaves (``module.``) is taken off.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no checkpoint, or one that could only be read by executing what it contains.
+    """
+    try:
+        with torch.serialization.safe_globals(_HARMLESS):
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
+    if isinstance(found, Mapping) and isinstance(found.get("model"), Mapping):
+        found = found["model"]
+    elif isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
+        states = found["state_dict"]
+        found = {k.removeprefix(LIGHTNING_PREFIX): v for k, v in states.items() if k.startswith(LIGHTNING_PREFIX)}
+    if not isinstance(found, Mapping) or not found or not all(isinstance(v, Tensor) for v in found.values()):
+        raise ValueError(f"{path} holds no weights: expected a dict of tensors, also below 'model' or 'state_dict'")
+    return {str(name).removeprefix("module."): value for name, value in found.items()}
+
+
+def save_weights(states: Mapping[str, Tensor], path: str | Path) -> None:
+    """Write a state dict under its name only once it is whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    torch.save(dict(states), partial)
+    partial.replace(path)

@@ -1,0 +1,236 @@
+"""The Lightning module: START HERE for how FNAC is trained and evaluated, with the loss of ``fnac_kernels``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import Tensor, nn
+
+from fnac import metrics
+from fnac.checkpoints import read_weights
+from fnac.metrics import LocalizationScores, Upsampling
+from fnac.model import AudioVisualModel, image_encoder, load_strictly, object_maps
+from fnac_kernels import FNACLoss, paired_maps
+
+MODEL, OBJECT_GUIDED, OBJECT_ONLY = "model", "model + objects", "object only"
+NEEDS_NO_MODEL = {"centre": metrics.centre_box, "whole frame": metrics.whole_frame, "oracle": metrics.oracle}
+TERMS = ("loss", "nce", "fns_audio", "tne", "fns_visual")
+
+
+class Localization(LightningModule):
+    """Trains the two encoders with the FNAC loss, and scores or returns their localization maps.
+
+    The first epochs train with NCE alone, the others with the published weights. Negatives are the other clips of the
+    process's own batch. Random numbers of a step (dropout) depend on ``seed``, rank and step alone, so a resumed run
+    draws what an uninterrupted one would have drawn.
+
+    Args:
+        dim: size of the embeddings.
+        image_stages: stages of the image ResNet-18 to keep, see :class:`~fnac.model.AudioVisualModel`.
+        audio_stages: the same for audio.
+        image_dropout: dropout of the image features.
+        audio_dropout: dropout of the audio features.
+        image_weights: what the image encoder starts from: "imagenet", a file, or null for random weights.
+        init_from: file to take the weights of the whole model from: an official checkpoint, one of this project.
+        tau: temperature.
+        fg_threshold: of the foreground mask.
+        weights: of nce, fns_audio, tne, fns_visual after the warm-up. The three distances are means over N * N
+            pairs: the published 100 belongs to a batch of 256.
+        adjacency_threshold: audio similarity from which a pair is no negative (null: the published method).
+        warmup_epochs: epochs that train with NCE alone.
+        lr: learning rate of Adam.
+        weight_decay: of Adam.
+        upsampling: from cells to pixels, at evaluation.
+        object_weights: image encoder of the object-only baseline, as ``image_weights``; null takes the model's own.
+        object_alpha: also score the object-guided map, ``alpha * map + (1 - alpha) * objects``, each scaled to 0..1.
+            EZ-VSL and FNAC use 0.4.
+        channels_last: memory format of the encoders.
+        backend: of the loss's kernels; null chooses by device.
+        seed: of the weights and of dropout.
+    """
+
+    def __init__(
+        self,
+        dim: int = 512,
+        image_stages: int = 4,
+        audio_stages: int = 4,
+        image_dropout: float = 0.9,
+        audio_dropout: float = 0.0,
+        image_weights: str | None = None,
+        init_from: str | None = None,
+        tau: float = 0.03,
+        fg_threshold: float = 0.6,
+        weights: tuple[float, float, float, float] = (1, 100, 100, 100),
+        adjacency_threshold: float | None = None,
+        warmup_epochs: int = 5,
+        lr: float = 1e-4,
+        weight_decay: float = 1e-4,
+        upsampling: Upsampling = "bicubic",
+        object_weights: str | None = None,
+        object_alpha: float | None = None,
+        channels_last: bool = True,
+        backend: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if warmup_epochs < 0:
+            raise ValueError(f"warmup_epochs must be at least 0, got {warmup_epochs}")
+        if object_alpha is not None and not 0 <= object_alpha <= 1:
+            raise ValueError(f"object_alpha must be between 0 and 1, got {object_alpha}")
+        self.save_hyperparameters()
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            self.model = AudioVisualModel(
+                dim,
+                image_stages=image_stages,
+                audio_stages=audio_stages,
+                image_dropout=image_dropout,
+                audio_dropout=audio_dropout,
+                image_weights=image_weights,
+            )
+        if init_from is not None:
+            load_strictly(self.model, read_weights(init_from), init_from)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        # In a tuple, out of sight of parameters() and state_dict(): it is no part of the model.
+        self._objects = (image_encoder(image_stages, object_weights).eval(),) if object_weights else ()
+        self.loss = FNACLoss(
+            tau, fg_threshold=fg_threshold, adjacency_threshold=adjacency_threshold, weights=weights, backend=backend
+        )
+        self.weights = self.loss.weights
+        self.val_scores = LocalizationScores()
+        rows = [MODEL, *([OBJECT_GUIDED] if object_alpha is not None else []), OBJECT_ONLY, *NEEDS_NO_MODEL]
+        self.test_scores = nn.ModuleList(LocalizationScores() for _ in rows)
+        self.rows = rows
+        self.results: dict[str, dict[str, float]] = {}
+
+    def forward(self, image: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised features ``img (N, C, H, W)`` and ``aud (N, C)``."""
+        return self.model(image.contiguous(memory_format=self.memory_format), audio)
+
+    def maps(self, image: Tensor, audio: Tensor) -> Tensor:
+        """Cosine of each clip's image cells and sound, brought to pixels: float32 ``(N, 224, 224)``."""
+        img, aud = self(image, audio)
+        cosines = paired_maps(img, aud, 1.0, backend=self.hparams["backend"])
+        return metrics.upsample(cosines, mode=self.hparams["upsampling"])
+
+    def on_train_epoch_start(self) -> None:
+        """Switch to the published weights once the warm-up is over."""
+        warming_up = self.current_epoch < self.hparams["warmup_epochs"]
+        self.loss.weights = (self.weights[0], 0, 0, 0) if warming_up else self.weights
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed the step."""
+        state = np.random.SeedSequence([self.hparams["seed"], self.global_rank, self.global_step])
+        torch.manual_seed(int(state.generate_state(1, np.uint64)[0]))
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """The loss of a batch; its terms are logged."""
+        output = self.loss(*self(batch["image"], batch["audio"]))
+        terms = {f"train/{term}": getattr(output, term).detach() for term in TERMS}
+        self.log_dict(terms, batch_size=len(batch["image"]))
+        self.log("nce", output.nce.detach(), prog_bar=True, logger=False, batch_size=len(batch["image"]))
+        return output.loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Score the maps."""
+        self.val_scores.update(self.maps(batch["image"], batch["audio"]), batch["gt"])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores of the whole split."""
+        self.log_dict({f"val/{name}": value.float() for name, value in self.val_scores.compute().items()})
+        self.log("ap50", self.val_scores.compute()["ap50"].float(), prog_bar=True, logger=False)
+        self.val_scores.reset()
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Score the maps, and those of the baselines."""
+        gt = batch["gt"]
+        found = self._compared_maps(batch["image"], batch["audio"])
+        found |= {name: draw(gt) for name, draw in NEEDS_NO_MODEL.items()}
+        for row, scores in zip(self.rows, self.test_scores, strict=True):
+            scores.update(found[row], gt)  # type: ignore[operator]
+
+    def on_test_epoch_end(self) -> None:
+        """Keep the table as ``results``, {row: {score: value in 0..1}}, and log the model's row."""
+        for row, scores in zip(self.rows, self.test_scores, strict=True):
+            self.results[row] = {name: float(value) for name, value in scores.compute().items()}  # type: ignore[operator]
+            scores.reset()  # type: ignore[operator]
+        self.log_dict({f"test/{name}": value for name, value in self.results[MODEL].items()})
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """Names, and maps of cosines ``(N, 224, 224)``."""
+        return {"name": batch["name"], "map": self.maps(batch["image"], batch["audio"])}
+
+    def _compared_maps(self, image: Tensor, audio: Tensor) -> dict[str, Tensor]:
+        maps = self.maps(image, audio)
+        encoder = self._objects[0].to(image.device) if self._objects else self.model.imgnet
+        objects = metrics.upsample(object_maps(encoder, image), mode=self.hparams["upsampling"])
+        found = {MODEL: maps, OBJECT_ONLY: objects}
+        if (alpha := self.hparams["object_alpha"]) is not None:
+            found[OBJECT_GUIDED] = alpha * metrics.minmax(maps) + (1 - alpha) * metrics.minmax(objects)
+        return found
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam, in one pass over the parameters."""
+        return torch.optim.Adam(
+            self.model.parameters(), self.hparams["lr"], weight_decay=self.hparams["weight_decay"], fused=True
+        )
+
+
+class BestAndLast(ModelCheckpoint):
+    """Keeps the last epoch (``last.ckpt``) and the best on the validation split (``best.ckpt``), where there is one.
+
+    Args:
+        monitor: score to choose by.
+        dirpath: folder; by default below the logger's.
+    """
+
+    def __init__(self, monitor: str = "val/ap50", dirpath: str | None = None) -> None:
+        super().__init__(
+            dirpath, filename="best", monitor=monitor, mode="max", save_last=True, enable_version_counter=False
+        )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Without validation there is no best: only the last epoch is kept."""
+        super().setup(trainer, pl_module, stage)
+        folders: Mapping[str, Any] = getattr(trainer.datamodule, "folders", {})  # type: ignore[attr-defined]
+        if stage == "fit" and folders.get("val") is None:
+            self.monitor, self.save_top_k = None, 0
+
+
+class History(Callback):
+    """The training terms of every step and the validation scores of every epoch; checkpoints carry them.
+
+    ``train`` and ``val`` are lists of dicts that hold ``step`` and the values by name.
+    """
+
+    def __init__(self) -> None:
+        self.train: list[dict[str, float]] = []
+        self.val: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Note the step's terms."""
+        self.train.append(self._logged(trainer, "train/"))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the epoch's scores."""
+        if not trainer.sanity_checking:
+            self.val.append(self._logged(trainer, "val/"))
+
+    @staticmethod
+    def _logged(trainer: Trainer, prefix: str) -> dict[str, float]:
+        values = {k.removeprefix(prefix): float(v) for k, v in trainer.callback_metrics.items() if k.startswith(prefix)}
+        return {"step": trainer.global_step, **values}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both lists."""
+        return {"train": self.train, "val": self.val}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from both lists."""
+        self.train, self.val = list(state_dict["train"]), list(state_dict["val"])
