@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -180,6 +180,14 @@ class Localization(LightningModule):
         return torch.optim.Adam(
             self.model.parameters(), self.hparams["lr"], weight_decay=self.hparams["weight_decay"], fused=True
         )
+
+
+def fast_precision() -> Literal["bf16-mixed", "32-true"]:
+    """bfloat16 autocast where the machine multiplies bfloat16 faster than float32, else plain float32."""
+    if torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    found = torch.cpu.get_capabilities()
+    return "bf16-mixed" if found.get("amx_bf16") or found.get("avx512_bf16") else "32-true"
 
 
 class BestAndLast(ModelCheckpoint):

@@ -1,0 +1,110 @@
+"""The ``fnac`` command: Lightning's ``fit``, ``validate``, ``test`` and ``predict``, and the project's own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jsonargparse
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
+
+from fnac.audio import MediaError
+from fnac.data.datamodule import ClipData
+from fnac.data.generate import make_data
+from fnac.data.leakage import LeakageError, check_leakage
+from fnac.demo import demo
+from fnac.prediction import PredictionWriter
+from fnac.results import render, write_results
+from fnac.training import BestAndLast, Localization, fast_precision
+
+DESCRIPTION = """Audio-visual sound source localization with FNAC: fit, validate, test and predict as below (each with
+--help), and three commands of their own: `fnac demo` trains and evaluates on generated data from nothing,
+`fnac make-data FOLDER` only makes such data, `fnac check-leakage TRAIN_LIST TEST_LIST` finds test clips in training."""
+
+
+class LocalizationCLI(LightningCLI):
+    """Lightning's command line over :class:`~fnac.training.Localization` and :class:`~fnac.data.datamodule.ClipData`."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """One seed for all, and where predictions and results go."""
+        parser.link_arguments("seed_everything", "data.seed")
+        parser.link_arguments("seed_everything", "model.seed")
+        parser.add_lightning_class_args(PredictionWriter, "predictions")
+        parser.add_argument("--results", type=str, default="runs/results.json", help="file for the scores of `test`")
+
+    def before_fit(self) -> None:
+        """Checkpoints hold tensors and plain values only: nothing else is unpickled."""
+        self._checkpoints_are_data()
+
+    def before_validate(self) -> None:
+        """As before fitting."""
+        self._checkpoints_are_data()
+
+    def before_test(self) -> None:
+        """As before fitting; the table replaces Lightning's."""
+        self._checkpoints_are_data()
+        self.config_init["test"]["verbose"] = False
+
+    def before_predict(self) -> None:
+        """As before fitting; maps go to files, not to memory."""
+        self._checkpoints_are_data()
+        self.config_init["predict"]["return_predictions"] = False
+
+    @rank_zero_only
+    def after_test(self) -> None:
+        """Print the scores beside the baselines and write them to a file."""
+        config = self.config["test"]
+        weights = config["ckpt_path"] or config["model"]["init_from"] or "untrained"
+        clips, upsampling = len(self.datamodule.test_set), config["model"]["upsampling"]
+        print(f"\n{weights}: {clips} clips, maps brought to pixels by {upsampling} interpolation; in percent:\n")
+        print(render(self.model.results))
+        write_results(
+            config["results"], self.model.results, weights=weights, clips=clips, upsampling=upsampling,
+            precision=str(self.trainer.precision), object_alpha=config["model"]["object_alpha"],
+            object_weights=config["model"]["object_weights"],
+        )  # fmt: skip
+        print(f"\nwritten to {config['results']}")
+
+    @rank_zero_only
+    def after_predict(self) -> None:
+        """Say where the maps are."""
+        print(
+            f"maps and pictures of {len(self.datamodule.test_set)} clips: {self.config['predict']['predictions']['output_dir']}"
+        )
+
+    def _checkpoints_are_data(self) -> None:
+        self.config_init[self.subcommand]["weights_only"] = True
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {"make-data": make_data, "check-leakage": check_leakage, "demo": demo}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; ``args`` are the process's by default."""
+    args = sys.argv[1:] if args is None else list(args)
+    try:
+        if args and args[0] in COMMANDS:
+            jsonargparse.auto_cli(COMMANDS, args=list(args))
+        else:
+            LocalizationCLI(
+                Localization,
+                ClipData,
+                args=list(args),
+                seed_everything_default=0,
+                parser_kwargs={"prog": "fnac", "description": DESCRIPTION},
+                trainer_defaults={
+                    "default_root_dir": "runs",
+                    "max_epochs": 30,
+                    "precision": fast_precision(),
+                    "callbacks": BestAndLast(),
+                },
+                save_config_kwargs={"overwrite": True},
+            )
+    except (MediaError, LeakageError, FileExistsError) as error:
+        sys.exit(f"fnac: {error}")
+
+
+if __name__ == "__main__":
+    main()
