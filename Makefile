@@ -34,6 +34,10 @@ format: install
 test: lint
 	$(BIN)/python -m pytest -q tests
 
+# Makes data, trains, evaluates and writes runs/demo/report.html, in about 10 minutes on 2 cores.
+demo: install
+	$(BIN)/fnac demo
+
 # What the kernels are worth on this machine, in about 5 minutes on 2 cores; the rivals come with `pip install -e .[bench]`.
 bench: install
 	$(BIN)/python -m bench

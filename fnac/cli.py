@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jsonargparse
@@ -25,7 +25,7 @@ DESCRIPTION = """Audio-visual sound source localization with FNAC: fit, validate
 
 
 class LocalizationCLI(LightningCLI):
-    """Lightning's command line over :class:`~fnac.training.Localization` and :class:`~fnac.data.datamodule.ClipData`."""
+    """Lightning's command line over the project's Lightning module and data module."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """One seed for all, and where predictions and results go."""
@@ -70,15 +70,14 @@ class LocalizationCLI(LightningCLI):
     @rank_zero_only
     def after_predict(self) -> None:
         """Say where the maps are."""
-        print(
-            f"maps and pictures of {len(self.datamodule.test_set)} clips: {self.config['predict']['predictions']['output_dir']}"
-        )
+        folder = self.config["predict"]["predictions"]["output_dir"]
+        print(f"maps and pictures of {len(self.datamodule.test_set)} clips: {folder}")
 
     def _checkpoints_are_data(self) -> None:
         self.config_init[self.subcommand]["weights_only"] = True
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"make-data": make_data, "check-leakage": check_leakage, "demo": demo}
+COMMANDS: dict[str, Any] = {"make-data": make_data, "check-leakage": check_leakage, "demo": demo}
 
 
 def main(args: Sequence[str] | None = None) -> None:

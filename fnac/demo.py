@@ -210,7 +210,7 @@ class _Demo:
             tester.test(model, data, ckpt_path=best, verbose=False, weights_only=True)
             table[name] = model.results.pop(MODEL)
             if name == FNAC:
-                maps = torch.cat([batch["map"].float() for batch in tester.predict(model, data)])  # type: ignore[union-attr, index, call-overload]
+                maps = torch.cat([batch["map"].float() for batch in tester.predict(model, data)])  # type: ignore[union-attr, call-overload]
                 baselines = model.results
         return table | baselines, choose_examples(data.test_set, maps)
 

@@ -44,7 +44,7 @@ def choose_examples(clips: ClipDataset, maps: Tensor, good: int = 6, bad: int = 
         maps: ``(len(clips), 224, 224)``, in their order.
         good, bad: how many of each, at most what there is.
     """
-    gts = torch.stack([clips[i]["gt"] for i in range(len(clips))])  # type: ignore[index]
+    gts = torch.stack([clips[i]["gt"] for i in range(len(clips))])
     scores, hits = ciou(maps, gts), pointing(maps, gts)
     ranked = scores.argsort(descending=True).tolist()
     better = ranked[: max(len(ranked) // 2, 1)]

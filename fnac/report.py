@@ -59,7 +59,8 @@ def write_report(
 
 def _shown(example: Example) -> dict[str, Any]:
     figure = Figure(figsize=(4.6, 2.4), layout="constrained")
-    draw_example(*figure.subplots(1, 2), example)
+    frame_axes, map_axes = figure.subplots(1, 2)
+    draw_example(frame_axes, map_axes, example)
     return {
         "name": example.name,
         "label": example.label,
