@@ -226,8 +226,8 @@ class _Demo:
             title=f"FNAC on generated clips, seed {settings.seed}",
             introduction=[
                 f"Two encoders learned from {settings.train} unlabelled clips which object of a frame makes the sound "
-                "that is heard. Each frame shows two objects of different classes on clutter; one of them sounds. No "
-                "box, class or silent object was seen in this training.",
+                "that is heard. Each frame shows two objects of different classes on clutter; one of them sounds. Boxes "
+                "served to choose the epoch, on other clips, and to score it, on others again.",
                 f"The image encoder did not start from ImageNet weights, as the paper's does, but from "
                 f"{settings.encoder_epochs} epochs of naming the object in {settings.single} frames with one object "
                 "each (supervised). Object only is that encoder's activity, without any sound.",
@@ -262,9 +262,9 @@ def margin(table: Mapping[str, Mapping[str, float]]) -> str:
 def compare(table: Mapping[str, Mapping[str, float]], clips: int) -> str:
     """Whether FNAC's three further terms helped on this data, in words, with the sampling error of the difference."""
     parts, ahead, behind = [], False, False
-    for score, label in (("ap50", "AP50"), ("pointing", "pointing accuracy"), ("ciou", "mean cIoU")):
+    for score, label in (("ap50", "AP50"), ("pointing", "pointing accuracy")):
         ours, theirs = table[FNAC][score], table[NCE][score]
-        error = ((ours * (1 - ours) + theirs * (1 - theirs)) / clips) ** 0.5  # of shares; an upper bound for means
+        error = ((ours * (1 - ours) + theirs * (1 - theirs)) / clips) ** 0.5
         ahead |= ours - theirs > 2 * error
         behind |= theirs - ours > 2 * error
         parts.append(f"{label} {100 * ours:.1f} against {100 * theirs:.1f} (standard error {100 * error:.1f})")

@@ -44,7 +44,7 @@ def choose_examples(clips: ClipDataset, maps: Tensor, good: int = 6, bad: int = 
         maps: ``(len(clips), 224, 224)``, in their order.
         good, bad: how many of each, at most what there is.
     """
-    gts = torch.stack([clips[i]["gt"] for i in range(len(clips))])
+    gts = torch.stack([clips[i]["gt"] for i in range(len(clips))])  # type: ignore[index]
     scores, hits = ciou(maps, gts), pointing(maps, gts)
     ranked = scores.argsort(descending=True).tolist()
     better = ranked[: max(len(ranked) // 2, 1)]
@@ -53,7 +53,7 @@ def choose_examples(clips: ClipDataset, maps: Tensor, good: int = 6, bad: int = 
     return [
         Example(
             name=clips.clips[i].name,
-            label=clips.clips[i].annotation.label,  # type: ignore[union-attr]
+            label=clips.clips[i].annotation.label,
             sound=clips.audio_path(i),
             frame=np.asarray(load_image(clips.clips[i].frame).resize((SIZE, SIZE))),
             gt=gts[i],

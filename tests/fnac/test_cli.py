@@ -1,0 +1,104 @@
+"""The ``fnac`` command as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fnac.cli import main
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"
+)
+
+MODEL = ["--model.dim=16", "--model.image_stages=1", "--model.audio_stages=1"]
+DATA = ["--data.batch_size=8", "--data.image_size=48", "--data.clip_seconds=0.25"]
+QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, generated):
+    monkeypatch.chdir(tmp_path)
+
+    def command(name, *options):
+        main([name, f"--data.root={generated}", *MODEL, *DATA, *QUIET, *options])
+
+    return command
+
+
+def test_fit_validate_test_predict(run, tmp_path, capsys):
+    run("fit", "--trainer.max_epochs=2", "--trainer.precision=32-true")
+    (folder,) = (tmp_path / "runs").glob("*/version_0")
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert (folder / "config.yaml").is_file()
+
+    best = f"--ckpt_path={folder / 'checkpoints' / 'best.ckpt'}"
+    run("validate", best)
+    capsys.readouterr()
+    run("test", best, "--results=scores.json", "--model.object_alpha=0.4")
+    printed = capsys.readouterr().out
+    for word in ("bicubic", "7 clips", "centre", "whole frame", "object only", "oracle", "model + objects"):
+        assert word in printed
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["upsampling"] == "bicubic"
+    assert scores["clips"] == 7
+    assert 0 <= scores["scores"]["model"]["auc"] <= 1
+
+    run("predict", best, "--predictions.output_dir=maps")
+    written = sorted(path.name for path in (tmp_path / "maps").iterdir())
+    assert len(written) == 14
+    assert np.load(tmp_path / "maps" / written[0]).shape == (224, 224)
+    assert Image.open(tmp_path / "maps" / written[1]).size == (224, 224)
+
+
+def test_a_finished_run_is_continued_with_more_epochs(run, tmp_path):
+    run("fit", "--trainer.max_epochs=1", "--seed_everything=5")
+    (last,) = tmp_path.glob("runs/*/version_0/checkpoints/last.ckpt")
+    run("fit", "--trainer.max_epochs=2", "--seed_everything=5", f"--ckpt_path={last}")
+    assert list(tmp_path.glob("runs/*/version_1/checkpoints/last.ckpt"))
+
+
+def test_unreadable_media_are_named(run, tmp_path, generated):
+    broken = tmp_path / "broken"
+    shutil.copytree(generated, broken)
+    (broken / "test" / "audio" / "test_000003.wav").write_bytes(b"no sound")
+    with pytest.raises(SystemExit, match=r"cannot read sound .*test_000003\.wav"):
+        run("test", f"--data.root={broken}")
+    (broken / "test" / "frames" / "test_000002.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"test_000002 \(frame\)"):
+        run("test", f"--data.root={broken}")
+
+
+def test_make_data_and_check_leakage(tmp_path, capsys):
+    main(["make-data", str(tmp_path / "set"), "--train=2", "--val=1", "--test=1", "--single=0", "--progress=false"])
+    assert (tmp_path / "set" / "train" / "annotations.json").is_file()
+    (tmp_path / "train.txt").write_text("a\nb\n")
+    (tmp_path / "test.txt").write_text("b\nc\n")
+    with pytest.raises(SystemExit, match=r"1 of the 2 .* also training clips: b"):
+        main(["check-leakage", str(tmp_path / "train.txt"), str(tmp_path / "test.txt")])
+    (tmp_path / "test.txt").write_text("c\n")
+    main(["check-leakage", str(tmp_path / "train.txt"), str(tmp_path / "test.txt")])
+    assert "no clip is in both" in capsys.readouterr().out
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    printed = capsys.readouterr().out
+    for command in ("fit", "validate", "test", "predict", "demo", "make-data", "check-leakage"):
+        assert command in printed
+
+
+def test_the_published_config_is_valid(tmp_path, capsys):
+    main_args = ["fit", "--config", "fnac/configs/vggss.yaml", "--data.train.root", str(tmp_path), "--print_config"]
+    with pytest.raises(SystemExit) as exit_:
+        main(main_args)
+    assert exit_.value.code == 0
+    printed = capsys.readouterr().out
+    assert "image_weights: imagenet" in printed
+    assert "batch_size: 256" in printed

@@ -1,0 +1,88 @@
+"""The demo end to end on a tiny setting, its pictures and its report."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+
+import pytest
+import soundfile
+from PIL import Image
+
+from fnac import demo as demo_module
+from fnac.demo import compare, demo, margin
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+TINY = {
+    "train": 16, "val": 4, "test": 5, "single": 12, "encoder_epochs": 1, "epochs": 2, "warmup_epochs": 1,
+    "batch_size": 8, "progress": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    return folder, demo(str(folder), **TINY)
+
+
+def test_table_and_results(run):
+    folder, table = run
+    assert list(table) == ["FNAC", "NCE alone", "untrained", "object only", "centre", "whole frame", "oracle"]
+    kept = json.loads((folder / "results.json").read_text())
+    assert kept["scores"] == table
+    assert kept["settings"]["train"] == 16
+    assert kept["upsampling"] == "bicubic"
+
+
+def test_report_needs_nothing_else(run):
+    folder, _ = run
+    text = (folder / "report.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]*)"', text)
+    assert sources
+    assert all(source.startswith("data:") for source in sources)
+    assert "http" not in text
+    sounds = [base64.b64decode(s.partition("base64,")[2]) for s in sources if s.startswith("data:audio/wav")]
+    pictures = [base64.b64decode(s.partition("base64,")[2]) for s in sources if s.startswith("data:image/png")]
+    assert len(sounds) == len(pictures) - 1 == 5  # each clip once, and the curves
+    assert all(soundfile.info(io.BytesIO(sound)).frames == 16_000 for sound in sounds)
+    for picture in pictures:
+        Image.open(io.BytesIO(picture)).verify()
+    for words in ("NCE alone", "supervised", "oracle", "bicubic"):
+        assert words in text
+
+
+def test_a_second_run_uses_what_is_there(run, monkeypatch):
+    folder, table = run
+
+    def not_again(*_, **__):
+        raise AssertionError("the image encoder was trained again")
+
+    monkeypatch.setattr(demo_module, "warm_up", not_again)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("best.ckpt")}
+    assert demo(str(folder), **TINY) == table
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("best.ckpt")} == before
+
+
+def test_another_setting_needs_another_folder(run):
+    folder, _ = run
+    with pytest.raises(FileExistsError, match="other settings"):
+        demo(str(folder), **{**TINY, "seed": 1})
+
+
+def row(ap50, pointing):
+    return {"ap50": ap50, "pointing": pointing}
+
+
+def test_words_follow_the_numbers():
+    table = {
+        "FNAC": row(0.9, 0.8), "NCE alone": row(0.5, 0.79), "untrained": row(0.3, 0.2), "object only": row(0.1, 0.5),
+        "centre": row(0.0, 0.4), "whole frame": row(0.0, 0.4), "oracle": row(1.0, 1.0),
+    }  # fmt: skip
+    assert "AP50: +60.0 points against untrained" in margin(table)
+    assert "pointing accuracy: +30.0 points against object only" in margin(table)
+    assert "FNAC's terms helped" in compare(table, clips=400)
+    assert "NCE alone does as well" in compare({**table, "NCE alone": row(0.9, 0.8)}, clips=400)
+    assert "NCE alone does better" in compare({**table, "FNAC": row(0.2, 0.79)}, clips=400)
