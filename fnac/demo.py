@@ -226,8 +226,8 @@ class _Demo:
             title=f"FNAC on generated clips, seed {settings.seed}",
             introduction=[
                 f"Two encoders learned from {settings.train} unlabelled clips which object of a frame makes the sound "
-                "that is heard. Each frame shows two objects of different classes on clutter; one of them sounds. Boxes "
-                "served to choose the epoch, on other clips, and to score it, on others again.",
+                "that is heard. Each frame shows two objects of different classes on clutter; one of them sounds. "
+                "Boxes served to choose the epoch, on other clips, and to score it, on others again.",
                 f"The image encoder did not start from ImageNet weights, as the paper's does, but from "
                 f"{settings.encoder_epochs} epochs of naming the object in {settings.single} frames with one object "
                 "each (supervised). Object only is that encoder's activity, without any sound.",

@@ -48,6 +48,7 @@ class AudioVisualModel(nn.Module):
         image_weights: str | None = None,
     ) -> None:
         super().__init__()
+        self.imgnet = image_encoder(image_stages, image_weights)
         self.audnet = _resnet(audio_stages, "audio_stages")
         self.audnet.conv1 = nn.Conv2d(1, WIDTHS[0], kernel_size=7, stride=2, padding=3, bias=False)
         self.audnet.avgpool = nn.AdaptiveMaxPool2d(1)
@@ -57,7 +58,6 @@ class AudioVisualModel(nn.Module):
         self.img_proj = nn.Conv2d(WIDTHS[image_stages - 1], dim, kernel_size=1)
         for net in (self.audnet, self.img_proj, self.aud_proj):
             net.apply(_initialize)
-        self.imgnet = image_encoder(image_stages, image_weights)
 
     def forward(self, image: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
         img = self.img_proj(self.img_dropout(feature_map(self.imgnet, image)))

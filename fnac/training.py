@@ -19,6 +19,9 @@ from fnac_kernels import FNACLoss, paired_maps
 
 MODEL, OBJECT_GUIDED, OBJECT_ONLY = "model", "model + objects", "object only"
 NEEDS_NO_MODEL = {"centre": metrics.centre_box, "whole frame": metrics.whole_frame, "oracle": metrics.oracle}
+CHOSEN_AT_USE = (
+    "image_weights", "init_from", "upsampling", "object_weights", "object_alpha", "channels_last", "backend",
+)  # fmt: skip
 TERMS = ("loss", "nce", "fns_audio", "tne", "fns_visual")
 
 
@@ -82,7 +85,10 @@ class Localization(LightningModule):
             raise ValueError(f"warmup_epochs must be at least 0, got {warmup_epochs}")
         if object_alpha is not None and not 0 <= object_alpha <= 1:
             raise ValueError(f"object_alpha must be between 0 and 1, got {object_alpha}")
-        self.save_hyperparameters()
+        # Checkpoints name what the weights mean. What else there is to choose stays the caller's: Lightning's command
+        # line would take it from the checkpoint, whatever its flags say.
+        self.save_hyperparameters(ignore=[*CHOSEN_AT_USE])
+        self.upsampling, self.object_alpha = upsampling, object_alpha
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             self.model = AudioVisualModel(
@@ -116,8 +122,8 @@ class Localization(LightningModule):
     def maps(self, image: Tensor, audio: Tensor) -> Tensor:
         """Cosine of each clip's image cells and sound, brought to pixels: float32 ``(N, 224, 224)``."""
         img, aud = self(image, audio)
-        cosines = paired_maps(img, aud, 1.0, backend=self.hparams["backend"])
-        return metrics.upsample(cosines, mode=self.hparams["upsampling"])
+        cosines = paired_maps(img, aud, 1.0, backend=self.loss.backend)
+        return metrics.upsample(cosines, mode=self.upsampling)
 
     def on_train_epoch_start(self) -> None:
         """Switch to the published weights once the warm-up is over."""
@@ -169,9 +175,9 @@ class Localization(LightningModule):
     def _compared_maps(self, image: Tensor, audio: Tensor) -> dict[str, Tensor]:
         maps = self.maps(image, audio)
         encoder = self._objects[0].to(image.device) if self._objects else self.model.imgnet
-        objects = metrics.upsample(object_maps(encoder, image), mode=self.hparams["upsampling"])
+        objects = metrics.upsample(object_maps(encoder, image), mode=self.upsampling)
         found = {MODEL: maps, OBJECT_ONLY: objects}
-        if (alpha := self.hparams["object_alpha"]) is not None:
+        if (alpha := self.object_alpha) is not None:
             found[OBJECT_GUIDED] = alpha * metrics.minmax(maps) + (1 - alpha) * metrics.minmax(objects)
         return found
 

@@ -30,7 +30,7 @@ def run(tmp_path, monkeypatch, generated):
     return command
 
 
-def test_fit_validate_test_predict(run, tmp_path, capsys):
+def test_fit_validate_test_predict(run, tmp_path, generated, capsys):
     run("fit", "--trainer.max_epochs=2", "--trainer.precision=32-true")
     (folder,) = (tmp_path / "runs").glob("*/version_0")
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
@@ -47,6 +47,11 @@ def test_fit_validate_test_predict(run, tmp_path, capsys):
     assert scores["upsampling"] == "bicubic"
     assert scores["clips"] == 7
     assert 0 <= scores["scores"]["model"]["auc"] <= 1
+
+    # The checkpoint says what its weights mean, so evaluation need not repeat it.
+    main(["test", f"--data.root={generated}", *DATA, *QUIET, best, "--results=again.json"])
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again["scores"]["model"] == scores["scores"]["model"]
 
     run("predict", best, "--predictions.output_dir=maps")
     written = sorted(path.name for path in (tmp_path / "maps").iterdir())
