@@ -1,0 +1,238 @@
+"""The public API: names, choice of a backend, errors that name the argument before any kernel runs."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fnac_kernels as fk
+from fnac_kernels import _dispatch, _native
+
+ALL = ["max_logits", "similarity_maps", "paired_maps", "foreground_pool", "adjacency_contrastive", "fnac_loss"]
+
+
+def test_names_and_docstrings():
+    for name in fk.__all__:
+        assert getattr(fk, name).__doc__, name
+    assert fk.FNACOutput._fields == ("loss", "nce", "fns_audio", "tne", "fns_visual", "maps")
+    signature = inspect.signature(fk.fnac_loss)
+    defaults = {name: p.default for name, p in signature.parameters.items() if p.default is not p.empty}
+    assert defaults == {
+        "tau": 0.03, "fg_threshold": 0.6, "weights": (1, 100, 100, 100), "adjacency_threshold": None, "backend": None,
+    }  # fmt: skip
+    for name in ALL:
+        assert inspect.signature(getattr(fk, name)).parameters["backend"].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+IMG, AUD, MAPS = torch.randn(4, 8, 3, 3), torch.randn(4, 8), torch.randn(4, 3, 3)
+SQUARE = torch.randn(4, 4)
+
+FEATURE_ERRORS = [
+    (("text", AUD), TypeError, r"img is a str; it should be a torch\.Tensor of shape \(N, C, H, W\)"),
+    ((IMG, None), TypeError, r"aud is a NoneType"),
+    ((IMG[0], AUD), ValueError, r"img has shape \(8, 3, 3\); it should be \(N, C, H, W\)"),
+    ((IMG, AUD[:, :, None]), ValueError, r"aud has shape \(4, 8, 1\); it should be \(M, C\)"),
+    ((IMG.long(), AUD), TypeError, r"img is torch\.int64; it should be float32, bfloat16, float16 or float64"),
+    ((IMG, AUD.half()), TypeError, r"aud is torch\.float16, img is torch\.float32; they should have one dtype"),
+    ((IMG, AUD[:, :5]), ValueError, r"aud has 5 channels, img has 8; they should be equal"),
+    ((IMG[:0], AUD), ValueError, r"img has shape \(0, 8, 3, 3\), which is empty"),
+    ((IMG, AUD[:0]), ValueError, r"aud has shape \(0, 8\), which is empty"),
+    ((IMG.to("meta"), AUD), ValueError, r"aud is on cpu, img on meta; they should be on one device"),
+    ((torch.zeros(1, 1, 256, 256), torch.zeros(1, 1)), ValueError, r"256 x 256 = 65536 cells; at most 65535"),
+]
+TAU_ERRORS = [
+    (0.0, ValueError, "tau is 0.0; it should be positive"),
+    (-1, ValueError, "tau is -1.0; it should be positive"),
+    (float("nan"), ValueError, "tau is nan; it should be finite"),
+    (torch.tensor(0.1), TypeError, "tau is a tensor; it should be a Python number"),
+    ("0.1", TypeError, "tau is '0.1'; it should be a number"),
+]
+
+
+@pytest.fixture
+def _no_kernel(monkeypatch):
+    """Any use of a backend fails."""
+
+    def forbidden(*_):
+        raise AssertionError("a kernel ran")
+
+    monkeypatch.setattr(_dispatch.Backend, "load", forbidden)
+
+
+@pytest.mark.usefixtures("_no_kernel")
+@pytest.mark.parametrize("name", ["max_logits", "similarity_maps", "paired_maps", "fnac_loss"])
+@pytest.mark.parametrize(("features", "error", "message"), FEATURE_ERRORS)
+def test_bad_features_are_named(name, features, error, message):
+    with pytest.raises(error, match=message):
+        getattr(fk, name)(*features)
+
+
+@pytest.mark.usefixtures("_no_kernel")
+@pytest.mark.parametrize("name", ["max_logits", "similarity_maps", "paired_maps", "fnac_loss"])
+@pytest.mark.parametrize(("tau", "error", "message"), TAU_ERRORS)
+def test_bad_temperatures_are_named(name, tau, error, message):
+    with pytest.raises(error, match=message):
+        getattr(fk, name)(IMG, AUD, tau)
+
+
+@pytest.mark.usefixtures("_no_kernel")
+@pytest.mark.parametrize("name", ["paired_maps", "fnac_loss"])
+def test_pairing_needs_equal_counts(name):
+    with pytest.raises(ValueError, match=r"aud has 3 rows, img has 4; .* N should equal M"):
+        getattr(fk, name)(IMG, AUD[:3])
+
+
+@pytest.mark.usefixtures("_no_kernel")
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: fk.fnac_loss(IMG, AUD, weights=(1, 2)), ValueError, r"weights is \(1, 2\); it should be four numbers"),
+        (lambda: fk.fnac_loss(IMG, AUD, weights=(1, 2, "x", 0)), TypeError, r"weights\[2\] is 'x'"),
+        (lambda: fk.fnac_loss(IMG, AUD, fg_threshold=None), TypeError, "fg_threshold is None; it should be a number"),
+        (lambda: fk.fnac_loss(IMG, AUD, adjacency_threshold="0.5"), TypeError, "adjacency_threshold is '0.5'"),
+        (
+            lambda: fk.fnac_loss(IMG, AUD, backend="gpu"),
+            ValueError,
+            "backend is 'gpu'; it should be one of 'reference'",
+        ),
+        (lambda: fk.foreground_pool(IMG, MAPS[:3]), ValueError, r"maps has shape \(3, 3, 3\); it should be img's"),
+        (lambda: fk.foreground_pool(IMG, MAPS, "high"), TypeError, "threshold is 'high'"),
+        (lambda: fk.foreground_pool(IMG[0], MAPS), ValueError, r"img has shape \(8, 3, 3\)"),
+        (lambda: fk.adjacency_contrastive(SQUARE[:3], AUD, AUD, AUD), ValueError, r"logits has shape \(3, 4\)"),
+        (lambda: fk.adjacency_contrastive(SQUARE, AUD, AUD[:3], AUD), ValueError, r"img_avg has shape \(3, 8\)"),
+        (lambda: fk.adjacency_contrastive(SQUARE, AUD, AUD, AUD[:, :2]), ValueError, r"foreground has shape \(4, 2\)"),
+    ],
+)
+def test_other_arguments_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+# --- choice of a backend --------------------------------------------------------------------------------------------
+
+
+def test_an_order_is_never_replaced_by_another_backend(monkeypatch):
+    broken = _dispatch.Backend("cpu", "fnac_kernels.backends.cpu", "cpu", lambda: "it was left out; rebuild it")
+    monkeypatch.setitem(_dispatch.BACKENDS, "cpu", broken)
+    with pytest.raises(RuntimeError, match="backend 'cpu' is not available: it was left out; rebuild it"):
+        fk.fnac_loss(IMG, AUD, backend="cpu")
+    with pytest.raises(RuntimeError, match="left out"):
+        fk.use_backend("cpu")
+    monkeypatch.setenv("FNAC_BACKEND", "cpu")
+    with pytest.raises(RuntimeError, match="left out"):
+        fk.fnac_loss(IMG, AUD)
+
+
+def test_the_automatic_choice_falls_back_with_one_warning(monkeypatch):
+    broken = _dispatch.Backend("cpu", "fnac_kernels.backends.cpu", "cpu", lambda: "it was left out")
+    monkeypatch.setitem(_dispatch.BACKENDS, "cpu", broken)
+    monkeypatch.delenv("FNAC_BACKEND", raising=False)
+    _dispatch._warn_reference.cache_clear()
+    with pytest.warns(UserWarning, match="plain PyTorch on cpu tensors: .*cpu: it was left out") as caught:
+        first, _ = [fk.max_logits(IMG, AUD) for _ in range(2)]
+    assert len(caught) == 1
+    assert torch.equal(first, fk.max_logits(IMG, AUD, backend="reference"))
+    _dispatch._warn_reference.cache_clear()
+
+
+def spy(monkeypatch):
+    used = []
+    select = _dispatch.select
+
+    def noting(*args):
+        used.append(select(*args))
+        return used[-1]
+
+    monkeypatch.setattr(_dispatch, "select", noting)
+    return used
+
+
+def test_argument_before_block_before_environment(monkeypatch):
+    used = spy(monkeypatch)
+    monkeypatch.setenv("FNAC_BACKEND", "reference")
+    fk.max_logits(IMG, AUD)
+    with fk.use_backend("cpu"):
+        fk.max_logits(IMG, AUD)
+        with fk.use_backend("reference"):
+            fk.max_logits(IMG, AUD)
+            fk.max_logits(IMG, AUD, backend="cpu")
+        fk.max_logits(IMG, AUD)
+    fk.max_logits(IMG, AUD)
+    monkeypatch.setenv("FNAC_BACKEND", "tpu")
+    with pytest.raises(ValueError, match="FNAC_BACKEND is 'tpu'"):
+        fk.max_logits(IMG, AUD)
+    assert used == ["reference", "cpu", "reference", "cpu", "cpu", "reference"]
+
+
+def test_float64_runs_on_the_reference(monkeypatch):
+    used = spy(monkeypatch)
+    monkeypatch.delenv("FNAC_BACKEND", raising=False)
+    out = fk.fnac_loss(IMG.double(), AUD.double())
+    assert out.loss.dtype == torch.float64
+    assert used == ["reference"]
+    with pytest.raises(TypeError, match="backend 'cpu' takes float32, bfloat16 and float16, the tensors are float64"):
+        fk.fnac_loss(IMG.double(), AUD.double(), backend="cpu")
+
+
+@pytest.mark.skipif(_dispatch.BACKENDS["triton"].problem is None, reason="Triton is usable here")
+def test_gpu_backends_say_why_they_are_not_usable():
+    with pytest.raises(RuntimeError, match=r"backend 'triton' is not available: "):
+        fk.fnac_loss(IMG, AUD, backend="triton")
+
+
+def test_a_missing_compiled_module_is_explained(monkeypatch):
+    monkeypatch.setattr(_native, "_load", lambda: (None, "the compiled module is missing"))
+    assert "missing" in _native.problem()
+    with pytest.raises(RuntimeError, match="missing"):
+        _native.module()
+
+
+# --- info -----------------------------------------------------------------------------------------------------------
+
+
+def test_info_and_its_command():
+    facts = fk.info()
+    assert facts["backends"]["reference"] is None
+    assert facts["automatic"]["cpu"] == "cpu"
+    printed = subprocess.run([sys.executable, "-m", "fnac_kernels"], capture_output=True, text=True, check=True).stdout
+    for word in (torch.__version__, facts["cpu"]["instruction_set"], "backend reference", "cpu tensors run on cpu"):
+        assert word in printed
+    for name, problem in facts["backends"].items():
+        assert f"backend {name}" in printed
+        assert problem is None or problem in printed
+
+
+# --- FNACLoss -------------------------------------------------------------------------------------------------------
+
+
+def test_module_equals_function_and_weights_change_between_steps():
+    loss = fk.FNACLoss(0.07, fg_threshold=0.5, weights=(1, 0, 0, 0), adjacency_threshold=0.9)
+    first = loss(IMG, AUD)
+    assert first.fns_audio == first.tne == first.fns_visual == 0
+    loss.weights = (1, 2, 3, 4)
+    expected = fk.fnac_loss(IMG, AUD, 0.07, fg_threshold=0.5, weights=(1, 2, 3, 4), adjacency_threshold=0.9)
+    for got, wanted in zip(loss(IMG, AUD), expected, strict=True):
+        assert torch.equal(got, wanted)
+    assert not list(loss.parameters())
+    assert not loss.state_dict()
+    assert "tau=0.07" in repr(loss)
+    for clone in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert torch.equal(clone(IMG, AUD).loss, expected.loss)
+
+
+@pytest.mark.parametrize("settings", [{"tau": 0}, {"weights": (1,)}, {"fg_threshold": "x"}])
+def test_module_checks_its_settings(settings):
+    (name,) = settings
+    with pytest.raises((ValueError, TypeError), match=name):
+        fk.FNACLoss(**settings)
+    loss = fk.FNACLoss()
+    with pytest.raises(ValueError, match="weights"):
+        loss.weights = (1, 2, 3)

@@ -1,0 +1,198 @@
+"""How the operators behave under PyTorch's machinery: opcheck, compile, autocast, grad modes, layouts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from samples import OPS, Sample
+
+import fnac_kernels as fk
+from fnac_kernels import _dispatch, reference
+
+kernels = torch.ops.fnac_kernels
+SMALL = [
+    Sample(5, 5, 12, 3, 4),
+    Sample(6, 6, 16, 4, 4, layout="channels_last", kind="clustered"),
+    Sample(4, 4, 8, 3, 3, dtype=torch.bfloat16),
+]
+
+
+def features(sample: Sample = SMALL[0], *, img: bool = True, aud: bool = True):
+    image, audio = sample.features()
+    return image.requires_grad_(img), audio.requires_grad_(aud)
+
+
+@pytest.mark.parametrize("sample", SMALL, ids=str)
+@pytest.mark.parametrize("name", ["max_logits", "pool_pairs", "foreground_pool", "adjacency_contrastive", "fnac_loss"])
+def test_opcheck(name, sample):
+    img, aud = features(sample)
+    maps = reference.paired_maps(img.detach(), aud.detach(), 0.1)
+    logits = reference.max_logits(img.detach(), aud.detach(), 0.1).requires_grad_()
+    pooled = [torch.randn(sample.n, sample.c, requires_grad=True) for _ in range(2)]
+    arguments = {
+        "max_logits": (img, aud, 0.1, "cpu"),
+        "pool_pairs": (img, aud, 0.1, 0.6, True, "cpu"),
+        "foreground_pool": (img, maps, 0.6, "cpu"),
+        "adjacency_contrastive": (logits, aud, *pooled, 0.1, [1.0, 2.0, 3.0, 4.0], None, "cpu"),
+        "fnac_loss": (img, aud, 0.1, 0.6, [1.0, 2.0, 3.0, 4.0], 0.5, "cpu"),
+    }
+    torch.library.opcheck(getattr(kernels, name).default, arguments[name])
+
+
+def step(img, aud, run):
+    outputs = run(img, aud)
+    total = sum(out.square().sum() for out in outputs)
+    return (*outputs, *torch.autograd.grad(total, (img, aud)))
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_compiled_whole_equals_eager(op):
+    def run(img, aud):
+        return op.run(img, aud, 0.1, "cpu")
+
+    if op.name in ("foreground_pool", "adjacency_contrastive"):
+        pytest.skip("the table's op prepares its inputs in float64, outside of the operator; opcheck covers both")
+    torch._dynamo.reset()
+    img, aud = features()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for got, wanted in zip(step(img, aud, compiled), step(img, aud, run), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_compiled_by_inductor_with_code_around_it():
+    torch._dynamo.reset()
+
+    def run(img, aud):
+        normalized = torch.nn.functional.normalize(img, dim=1)
+        return fk.fnac_loss(normalized, aud * 2, 0.1, weights=(1, 10, 10, 10)).loss
+
+    img, aud = features()
+    compiled = torch.compile(run, fullgraph=True)
+    for got, wanted in zip(
+        torch.autograd.grad(compiled(img, aud), (img, aud)), torch.autograd.grad(run(img, aud), (img, aud)), strict=True
+    ):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_autocast_multiplies_in_its_dtype_and_returns_float32():
+    img, aud = features()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = fk.fnac_loss(img, aud, 0.1)
+    expected = fk.fnac_loss(img.bfloat16(), aud.bfloat16(), 0.1)
+    assert out.loss.dtype == torch.float32
+    assert torch.equal(out.loss, expected.loss)
+    dimg, daud = torch.autograd.grad(out.loss, (img, aud))
+    assert dimg.dtype == daud.dtype == torch.float32
+    by_reference = torch.autograd.grad(fk.fnac_loss(img.bfloat16(), aud.bfloat16(), 0.1, backend="reference").loss, img)
+    torch.testing.assert_close(dimg, by_reference[0], rtol=2e-2, atol=2e-2 * float(dimg.abs().max()))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_nothing_is_kept_without_gradients(mode):
+    img, aud = features()
+    with mode():
+        out = fk.fnac_loss(img, aud)
+    assert not any(x.requires_grad for x in out)
+    assert out.loss.grad_fn is None
+    assert torch.equal(out.loss, fk.fnac_loss(img, aud).loss)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided", "expanded", "transposed"])
+def test_layouts_do_not_change_values(layout):
+    img, aud = (x.detach() for x in features(Sample(6, 6, 16, 4, 5)))
+    if layout == "expanded":
+        img = img[:1].expand(6, -1, -1, -1)
+    base_img, base_aud = img.contiguous(), aud.contiguous()
+    img = {
+        "contiguous": lambda x: x,
+        "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+        "strided": lambda x: torch.stack((x, x), dim=-1)[..., 1],
+        "expanded": lambda x: x,
+        "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    }[layout](img)
+    img, base_img = img.detach().requires_grad_(), base_img.requires_grad_()
+    aud = aud.t().contiguous().t().requires_grad_()
+    base_aud.requires_grad_()
+    got, wanted = fk.fnac_loss(img, aud), fk.fnac_loss(base_img, base_aud)
+    torch.testing.assert_close(got.loss, wanted.loss, rtol=1e-6, atol=0)
+    for gradient, base in zip(
+        torch.autograd.grad(got.loss, (img, aud)), torch.autograd.grad(wanted.loss, (base_img, base_aud)), strict=True
+    ):
+        torch.testing.assert_close(gradient, base, rtol=1e-4, atol=1e-5 * float(base.abs().max()))
+
+
+def test_a_channels_last_gradient_is_channels_last():
+    img, aud = features(SMALL[1])
+    (dimg,) = torch.autograd.grad(fk.fnac_loss(img, aud).loss, img)
+    assert dimg.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_gradient_for_one_input_alone(op):
+    both = step(*features(), lambda i, a: op.run(i, a, 0.1, "cpu"))[-2:] if op.name != "foreground_pool" else None
+    for position, wanted in (("img", 0), ("aud", 1)):
+        if both is None and position == "aud":
+            continue
+        img, aud = features(img=position == "img", aud=position == "aud")
+        outputs = op.run(img, aud, 0.1, "cpu")
+        total = sum(out.square().sum() for out in outputs)
+        (gradient,) = torch.autograd.grad(total, (img, aud)[wanted])
+        assert gradient.abs().sum() > 0
+        if both is not None:
+            assert torch.equal(gradient, both[wanted])
+
+
+@pytest.mark.parametrize("name", ["max_logits", "paired_maps", "fnac_loss"])
+def test_second_derivatives_are_refused(name):
+    img, aud = features()
+    out = getattr(fk, name)(img, aud, backend="cpu")
+    value = out.loss if name == "fnac_loss" else out.sum()
+    (first,) = torch.autograd.grad(value, img, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative; use backend='reference'"):
+        first.sum().backward()
+
+
+def test_a_term_of_weight_zero_is_not_computed(monkeypatch):
+    img, aud = (x.detach() for x in features())
+    out = fk.fnac_loss(img, aud, weights=(1, 0, 0, 0))
+    assert out.loss == out.nce
+    assert out.fns_audio == out.tne == out.fns_visual == 0
+    backend = _dispatch.BACKENDS["cpu"].load()
+    asked = []
+    pool_pairs = backend.pool_pairs
+
+    def noting(img, aud, tau, threshold, pooled):
+        asked.append(pooled)
+        return pool_pairs(img, aud, tau, threshold, pooled)
+
+    monkeypatch.setattr(backend, "pool_pairs", noting)
+    fk.fnac_loss(img, aud, weights=(1, 1, 0, 0))
+    fk.fnac_loss(img, aud, weights=(1, 0, 1, 0))
+    assert asked == [False, True]
+
+
+def test_hard_masked_pairs_leave_the_denominators():
+    img, aud = (x.detach() for x in features(Sample(6, 6, 16, 4, 4, kind="clustered")))
+    aud[3] = aud[0]
+    masked = fk.fnac_loss(img, aud, 0.1, weights=(1, 0, 0, 0), adjacency_threshold=0.999)
+    logits = reference.max_logits(img, aud, 0.1)
+    keep = (aud @ aud.T < 0.999) | torch.eye(6, dtype=torch.bool)
+    assert not keep.all()
+    expected = torch.logsumexp(logits.masked_fill(~keep, -torch.inf), 1).mean()
+    expected += torch.logsumexp(logits.masked_fill(~keep, -torch.inf), 0).mean() - 2 * logits.diagonal().mean()
+    torch.testing.assert_close(masked.nce, expected)
+
+
+def test_gradients_add_up_over_outputs_and_calls():
+    img, aud = features()
+    first, second = fk.fnac_loss(img, aud, 0.1), fk.max_logits(img, aud, 0.1)
+    together = torch.autograd.grad(first.loss + 3 * first.maps.sum() + second.sum(), img)[0]
+    apart = sum(
+        torch.autograd.grad(value, img)[0]
+        for value in (
+            fk.fnac_loss(img, aud, 0.1).loss,
+            3 * fk.paired_maps(img, aud, 0.1).sum(),
+            fk.max_logits(img, aud, 0.1).sum(),
+        )
+    )
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5 * float(apart.abs().max()))
