@@ -27,9 +27,9 @@ FeatureMap feature_map(const Image& image) {
 }
 
 void max_logits(const Image& img, uintptr_t aud, int64_t m, double tau, uintptr_t logits, uintptr_t argmax,
-                int threads) {
+                bool bf16_products, int threads) {
     kernels().max_logits({feature_map(img), at<const float>(aud), m, static_cast<float>(1 / tau),
-                          at<float>(logits), at<uint16_t>(argmax), threads});
+                          at<float>(logits), at<uint16_t>(argmax), bf16_products, threads});
 }
 
 void pool(const Image& img, uintptr_t aud, double tau, double threshold, uintptr_t maps, uintptr_t mask,

@@ -15,6 +15,9 @@ std::vector<const Kernels*> usable() {
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
         tables.push_back(&avx512_kernels());
+#if defined(FNAC_AMX)
+    if (tables.back() == &avx512_kernels() && amx_usable()) tables.push_back(&amx_kernels());
+#endif
 #endif
     return tables;
 }

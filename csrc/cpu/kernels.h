@@ -13,8 +13,9 @@ struct MaxLogits {
     const float* aud;  // (m, c)
     int64_t m;
     float scale;
-    float* logits;     // (n, m)
-    uint16_t* argmax;  // (n, m)
+    float* logits;       // (n, m)
+    uint16_t* argmax;    // (n, m)
+    bool bf16_products;  // bfloat16 products suffice, where they are faster
     int threads;
 };
 
@@ -88,6 +89,10 @@ const Kernels& portable_kernels();
 #if defined(__x86_64__)
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
+#if defined(FNAC_AMX)
+bool amx_usable();  // asks the kernel for permission to use the tiles, once per process
+const Kernels& amx_kernels();
+#endif
 #endif
 
 }  // namespace fnac
