@@ -1,5 +1,6 @@
-// The contrastive and adjacency terms. Work is done in blocks of kMaxCells rows: the block's rows of A = a
-// a', F = f f' and I = v v' are computed, used and forgotten, in the forward pass and again in the backward
+// The contrastive and adjacency terms. Work is done in blocks of rows, a few pieces of the micro-kernel each,
+// so that a panel of features serves them all while it is in L1: the block's rows of A = a a', F = f f' and
+// I = v v' are computed, used and forgotten, in the forward pass and again in the backward
 // pass, so nothing of size n x n exists but the logits and their gradient. Because A, F and I are symmetric
 // (bitwise: the same products in the same order), a row block also holds what the transposed softmaxes need:
 // row m of the softmax at column n is exp(A[n, m] - lse[m]).
@@ -41,16 +42,14 @@ struct LogSumExp {
     void write(float* to) const { to[0] = high, to[1] = log; }
 };
 
-// log sum exp of x[0..size), NaN and inf as torch.logsumexp's parts would have them.
+// log sum exp of x[0..size): NaN where there is a NaN, because its exp is one whatever the maximum.
 template <class V>
 LogSumExp log_sum_exp(const float* x, int64_t size) {
-    float high = kNegInf;
-    bool nan = false;
-    for (int64_t i = 0; i < size; ++i) {
-        high = x[i] > high ? x[i] : high;
-        nan |= x[i] != x[i];
-    }
-    if (nan) high = std::numeric_limits<float>::quiet_NaN();
+    auto top = V::set(kNegInf);
+    for (int64_t i = 0; i < size; i += V::kLanes) top = V::max(V::load(x + i), top);
+    float lanes[V::kLanes], high = kNegInf;
+    V::store(lanes, top);
+    for (const float lane : lanes) high = lane > high ? lane : high;
     auto total = V::set(0.f);
     for (int64_t i = 0; i < size; i += V::kLanes)
         total = V::add(total, exp_negative<V>(V::sub(V::load(x + i), V::set(high))));
@@ -82,21 +81,31 @@ struct Needs {
           mask(job.masked && nce) {}
 };
 
-// Buffers of one row block: up to kMaxCells rows of `size` padded columns.
+// Buffers of one block of rows: whole pieces, each of `size` padded columns.
 template <class V>
 class Block {
   public:
     static constexpr int kBuffers = 5;
     static constexpr int64_t kWidth = 2 * V::kLanes;
+    static constexpr int64_t kBytes = 1280 * 1024;  // of buffers: they stay in L2
+    static constexpr int64_t kMostPieces = 4;
 
     static int64_t padded(int64_t n) { return ceil_div(n, kWidth) * kWidth; }
-    static int64_t floats(int64_t n, int64_t c) {
-        return V::kMaxCells * (kBuffers * padded(n) + (c > n ? c : n) + kWidth) + V::kLanes;
+    // Rows of a block: fewer where the columns are many, or the threads.
+    static int64_t rows(int64_t n, int threads) {
+        const int64_t fit =
+            kBytes / static_cast<int64_t>(kBuffers * sizeof(float)) / padded(n) / V::kMaxCells;
+        const int64_t share = ceil_div(ceil_div(n, V::kMaxCells), 2 * threads);
+        const int64_t pieces = smaller(smaller(fit, share), kMostPieces);
+        return (pieces < 1 ? 1 : pieces) * V::kMaxCells;
+    }
+    static int64_t floats(int64_t n, int64_t c, int64_t rows) {
+        return rows * (kBuffers * padded(n) + (c > n ? c : n) + kWidth) + V::kLanes;
     }
 
-    Block(const Adjacency& job, float* memory) : job_(job), size_(padded(job.n)) {
-        for (int b = 0; b < kBuffers; ++b) buffer_[b] = memory + b * V::kMaxCells * size_;
-        piece_ = memory + kBuffers * V::kMaxCells * size_;
+    Block(const Adjacency& job, int64_t rows, float* memory) : job_(job), size_(padded(job.n)) {
+        for (int b = 0; b < kBuffers; ++b) buffer_[b] = memory + b * rows * size_;
+        piece_ = memory + kBuffers * rows * size_;
     }
 
     float* a() const { return buffer_[0]; }
@@ -104,19 +113,29 @@ class Block {
     float* i() const { return buffer_[2]; }
     float* l() const { return buffer_[3]; }   // logits of the rows
     float* lt() const { return buffer_[4]; }  // logits of the columns: lt[r][m] = L[m][first + r]
-    float* piece() const { return piece_; }
     int64_t size() const { return size_; }
 
     // out[r][m] = <features[first + r], features[m]> * scale
     void products(const Features& features, int64_t first, int64_t rows, float* out) const {
-        pack_piece<V>(features.rows + first * job_.c, job_.c, 1, rows, job_.c, piece_);
-        for (int64_t p = 0; p < size_ / kWidth; ++p)
-            kTiles<V>.store[rows](piece_, features.panels + p * job_.c * kWidth, job_.c, size_,
-                                  out + p * kWidth);
+        multiply(features.rows + first * job_.c, job_.c, rows, job_.c, features.panels, size_ / kWidth, out,
+                 size_);
         for (int64_t r = 0; r < rows; ++r) {
-            for (int64_t m = 0; m < size_; ++m)
-                out[r * size_ + m] = m < job_.n ? out[r * size_ + m] * job_.scale : kNegInf;
+            float* row = out + r * size_;
+            for (int64_t m = 0; m < job_.n; ++m) row[m] *= job_.scale;
+            for (int64_t m = job_.n; m < size_; ++m) row[m] = kNegInf;
         }
+    }
+
+    // out[r][32 p + j] = sum_k x[r][k] * panels[p][k][j]: every panel is read once for all rows.
+    void multiply(const float* x, int64_t stride, int64_t rows, int64_t k, const float* panels, int64_t count,
+                  float* out, int64_t out_stride) const {
+        const auto height = [&](int64_t r) { return smaller(V::kMaxCells, rows - r); };
+        for (int64_t r = 0; r < rows; r += V::kMaxCells)
+            pack_piece<V>(x + r * stride, stride, 1, height(r), k, piece_ + r * k);
+        for (int64_t p = 0; p < count; ++p)
+            for (int64_t r = 0; r < rows; r += V::kMaxCells)
+                kTiles<V>.store[height(r)](piece_ + r * k, panels + p * k * kWidth, k, out_stride,
+                                           out + r * out_stride + p * kWidth);
     }
 
     void gather_logits(int64_t first, int64_t rows) const {
@@ -237,19 +256,21 @@ template <class V>
 void adjacency(const Adjacency& job) {
     const Needs needs(job);
     const Panels<V> panels(job, needs);
-    const int64_t floats = Block<V>::floats(job.n, job.c) + Block<V>::padded(job.n);
+    const int64_t height = Block<V>::rows(job.n, job.threads);
+    const int64_t block_size = Block<V>::floats(job.n, job.c, height),
+                  floats = block_size + Block<V>::padded(job.n);
     const Scratch scratch(sizeof(float) * job.threads * floats);
     const Scratch row_terms(sizeof(double) * job.n * 4);
     double* terms = row_terms.as<double>();
-    parallel_for(job.threads, ceil_div(job.n, V::kMaxCells), [&](int64_t task, int worker) {
+    parallel_for(job.threads, ceil_div(job.n, height), [&](int64_t task, int worker) {
         float* memory = scratch.as<float>() + worker * floats;
-        const Block<V> block(job, memory);
-        const int64_t first = task * V::kMaxCells, rows = smaller(V::kMaxCells, job.n - first);
+        const Block<V> block(job, height, memory);
+        const int64_t first = task * height, rows = smaller(height, job.n - first);
         fill_block(job, needs, panels, block, first, rows);
         for (int64_t r = 0; r < rows; ++r) {
             double* t = terms + (first + r) * 4;
             t[0] = t[1] = t[2] = t[3] = 0;
-            adjacency_row(job, needs, block, first + r, r, memory + Block<V>::floats(job.n, job.c), t);
+            adjacency_row(job, needs, block, first + r, r, memory + block_size, t);
         }
     });
     double loss = 0;
@@ -368,24 +389,23 @@ void adjacency_backward(const Adjacency& job) {
     for (int k = 0; k < 3; ++k)
         if (wanted[k]) pack_panels<V>(sources[k], 1, job.c, job.c, job.n, job.threads, lanes[k]);
 
-    const int64_t floats = Block<V>::floats(job.n, job.c) + size + V::kMaxCells * channels;
+    const int64_t height = Block<V>::rows(job.n, job.threads);
+    const int64_t block_size = Block<V>::floats(job.n, job.c, height),
+                  floats = block_size + size + height * channels;
     const Scratch scratch(sizeof(float) * job.threads * floats);
-    parallel_for(job.threads, ceil_div(job.n, V::kMaxCells), [&](int64_t task, int worker) {
+    parallel_for(job.threads, ceil_div(job.n, height), [&](int64_t task, int worker) {
         float* memory = scratch.as<float>() + worker * floats;
-        const Block<V> block(job, memory);
-        float* dl = memory + Block<V>::floats(job.n, job.c);
+        const Block<V> block(job, height, memory);
+        float* dl = memory + block_size;
         float* product = dl + size;
-        const int64_t first = task * V::kMaxCells, rows = smaller(V::kMaxCells, job.n - first);
+        const int64_t first = task * height, rows = smaller(height, job.n - first);
         fill_block(job, needs, panels, block, first, rows);
         for (int64_t r = 0; r < rows; ++r)
             adjacency_row_backward(job, needs, block, g, stats_t, first + r, r, dl);
         const float* matrices[3] = {block.a(), block.f(), block.i()};
         for (int k = 0; k < 3; ++k) {
             if (!wanted[k]) continue;
-            pack_piece<V>(matrices[k], size, 1, rows, job.n, block.piece());
-            for (int64_t p = 0; p < channels / width; ++p)
-                kTiles<V>.store[rows](block.piece(), lanes[k] + p * job.n * width, job.n, channels,
-                                      product + p * width);
+            block.multiply(matrices[k], size, rows, job.n, lanes[k], channels / width, product, channels);
             for (int64_t r = 0; r < rows; ++r)
                 for (int64_t c = 0; c < job.c; ++c)
                     targets[k][(first + r) * job.c + c] = product[r * channels + c] * job.scale;
