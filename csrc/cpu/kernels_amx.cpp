@@ -63,31 +63,45 @@ struct Norms {
 
 bool in_range(float norm) { return norm == 0 || (norm >= kSmallest && norm <= kLargest); }  // false for NaN
 
-// Rounds the 32 (or fewer: 0 beyond) values at `from` and adds the squares of values and residuals.
-inline __m512bh round_32(const float* from, int64_t count, __m512& squares, __m512& residuals) {
+// What is summed up over a vector while it is rounded.
+struct Sums {
+    __m512 squares = V::set(0.f), residuals = V::set(0.f);
+    __m512i bits = _mm512_setzero_si512();  // of all values
+
+    Norms norms() const {
+        const float whole = std::sqrt(V::sum(squares));
+        // Squares underflow: a vector that is not 0 must not pass for it.
+        const bool zero = (_mm512_reduce_or_epi32(bits) & 0x7fffffff) == 0;
+        return {whole == 0 && !zero ? kSmallest / 2 : whole, std::sqrt(V::sum(residuals))};
+    }
+};
+
+// Rounds the 32 (or fewer: 0 beyond) values at `from`.
+inline __m512bh round_32(const float* from, int64_t count, Sums& sums) {
     const __m512 low = V::load_n(from, count),
                  high = count > 16 ? V::load_n(from + 16, count - 16) : V::set(0.f);
     const __m512bh rounded = _mm512_cvtne2ps_pbh(high, low);
-    const auto widen = [](__m256i bits) {
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+    const auto widen = [](__m256i half) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
     };
-    const __m512i bits = reinterpret_cast<const __m512i&>(rounded);
-    const __m512 lost_low = low - widen(_mm512_castsi512_si256(bits));
-    const __m512 lost_high = high - widen(_mm512_extracti64x4_epi64(bits, 1));
-    squares = V::fma(low, low, V::fma(high, high, squares));
-    residuals = V::fma(lost_low, lost_low, V::fma(lost_high, lost_high, residuals));
+    const __m512i halves = reinterpret_cast<const __m512i&>(rounded);
+    const __m512 lost_low = low - widen(_mm512_castsi512_si256(halves));
+    const __m512 lost_high = high - widen(_mm512_extracti64x4_epi64(halves, 1));
+    sums.squares = V::fma(low, low, V::fma(high, high, sums.squares));
+    sums.residuals = V::fma(lost_low, lost_low, V::fma(lost_high, lost_high, sums.residuals));
+    sums.bits = _mm512_or_si512(sums.bits, _mm512_castps_si512(_mm512_or_ps(low, high)));
     return rounded;
 }
 
 // A row of c floats into row `row` of tiles [c / 32][16][32].
 inline Norms pack_row(const float* from, int64_t c, uint16_t* tiles, int64_t row) {
-    __m512 squares = V::set(0.f), residuals = V::set(0.f);
+    Sums sums;
     for (int64_t k = 0; k < c; k += kTileDepth) {
-        const __m512bh rounded = round_32(from + k, c - k, squares, residuals);
+        const __m512bh rounded = round_32(from + k, c - k, sums);
         _mm512_store_si512(tiles + k * kTileRows + row * kTileDepth,
                            reinterpret_cast<const __m512i&>(rounded));
     }
-    return {std::sqrt(V::sum(squares)), std::sqrt(V::sum(residuals))};
+    return sums.norms();
 }
 
 // The sounds in panels [m / 32][c / 32][2][16 pairs of channels][16 sounds][2], and their norms.
@@ -113,15 +127,14 @@ struct Sounds {
     void pack_half(int64_t half) {
         const int64_t first = half * V::kLanes;
         uint16_t* to = tiles.as<uint16_t>() + half / 2 * panel_size() + half % 2 * kTileSize;
-        __m512 squares[V::kLanes], lost[V::kLanes];
-        for (int64_t i = 0; i < V::kLanes; ++i) squares[i] = lost[i] = V::set(0.f);
+        Sums sums[V::kLanes];
         for (int64_t k = 0; k < depth; ++k) {
             V::F pairs[V::kLanes];
             for (int64_t i = 0; i < V::kLanes; ++i) {
                 pairs[i] = V::set(0.f);
                 if (first + i >= m) continue;
-                const __m512bh rounded = round_32(rows + (first + i) * c + k * kTileDepth, c - k * kTileDepth,
-                                                  squares[i], lost[i]);
+                const __m512bh rounded =
+                    round_32(rows + (first + i) * c + k * kTileDepth, c - k * kTileDepth, sums[i]);
                 pairs[i] = reinterpret_cast<const __m512&>(rounded);
             }
             V::transpose(pairs);
@@ -129,8 +142,9 @@ struct Sounds {
                 V::store(reinterpret_cast<float*>(to + k * 2 * kTileSize) + i * V::kLanes, pairs[i]);
         }
         for (int64_t i = 0; i < V::kLanes; ++i) {
-            norms.as<float>()[first + i] = std::sqrt(V::sum(squares[i]));
-            residuals.as<float>()[first + i] = std::sqrt(V::sum(lost[i]));
+            const Norms found = sums[i].norms();
+            norms.as<float>()[first + i] = found.whole;
+            residuals.as<float>()[first + i] = found.residual;
         }
     }
     bool all_in_range() const {
