@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc CMakeLists.txt setup.py pyproject.toml constraints.txt -type f 2>/dev/null)
 
-.PHONY: install test lint format demo bench bench-check clean
+SANITIZED := $(abspath build/sanitized)
+
+.PHONY: install test lint format sanitize demo bench bench-check clean
 
 install: $(VENV)/.installed
 
@@ -33,6 +35,20 @@ format: install
 
 test: lint
 	$(BIN)/python -m pytest -q tests
+
+# The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, on every instruction set there is, in a
+# copy of the package. Python itself leaks on purpose, so leaks are not looked for.
+sanitize: install
+	rm -rf $(SANITIZED)/package && mkdir -p $(SANITIZED)/package && cp -r fnac_kernels $(SANITIZED)/package/
+	rm -f $(SANITIZED)/package/fnac_kernels/*.so
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(SANITIZED)/native -GNinja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+		-DFNAC_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+		-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) \
+		-DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(SANITIZED)/package/fnac_kernels >/dev/null
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED)/native
+	PYTHONSAFEPATH=1 PYTHONPATH=$(SANITIZED)/package LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -q tests/test_backends.py tests/test_cpu_exact.py \
+		tests/test_cpu_backend.py -k "not memory"
 
 # Makes data, trains, evaluates and writes runs/demo/report.html, in about 10 minutes on 2 cores.
 demo: install

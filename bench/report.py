@@ -94,7 +94,9 @@ def _facts(runs: Sequence[Run]) -> str:
 
 def _markdown(op: str, dtype: str, rows: Sequence[Row]) -> str:
     tried = [row for row in rows if row.status != "not run"]
-    names = [name for name in (*CONTENDERS, "no loss") if any(row.contender == name for row in tried)]
+    names = [
+        name for name in (*CONTENDERS, "no loss", "fnac's defaults") if any(row.contender == name for row in tried)
+    ]
     ours = [name for name in names if name in CONTENDERS and CONTENDERS[name].ours]
     what = OPS[op].what if op in OPS else "two ResNet-18, the loss and the optimizer"
     limits = any(row.fraction is not None for row in tried)
