@@ -183,6 +183,8 @@ void feature_backward(const FeatureBackward& job) {
     const int64_t images = smaller(img.n, fit < 1 ? 1 : smaller(fit, kMaxGroup));
     const int64_t worker_size = 2 * (images * img.p + job.m) * kSlice;
     const Scratch scratch(sizeof(float) * job.threads * worker_size);
+    const size_t element = img.dtype == Dtype::kFloat32 ? 4 : 2;
+    if (job.dimg != nullptr) prefer_huge_pages(job.dimg, element * img.n * img.image_size());
     parallel_for(job.threads, ceil_div(img.c, kSlice), [&](int64_t slice, int worker) {
         float* memory = scratch.as<float>() + worker * worker_size;
         with_dtype(img.dtype, [&]<class T>(T) { BackwardSlice<V, T>(job, slice * kSlice, images, memory); });
