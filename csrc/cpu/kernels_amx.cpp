@@ -189,15 +189,23 @@ inline void multiply(const uint16_t* cells, const uint16_t* panel, int64_t depth
     _tile_stored(1, out + V::kLanes, kOutBytes);
 }
 
-inline float dot(const float* x, const float* y, int64_t c) {
-    __m512 sums[4] = {V::set(0.f), V::set(0.f), V::set(0.f), V::set(0.f)};
+// out[r] = <x[r], y>. The order of the additions does not depend on R: equal vectors give equal values.
+template <int R>
+inline void dots(const float* const (&x)[R], const float* y, int64_t c, float* out) {
+    __m512 even[R], odd[R];
+    for (int r = 0; r < R; ++r) even[r] = odd[r] = V::set(0.f);
     int64_t k = 0;
-    for (; k + 64 <= c; k += 64)
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i)
-            sums[i] = V::fma(V::load(x + k + 16 * i), V::load(y + k + 16 * i), sums[i]);
-    for (; k < c; k += 16) sums[0] = V::fma(V::load_n(x + k, c - k), V::load_n(y + k, c - k), sums[0]);
-    return V::sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (; k + 32 <= c; k += 32) {
+        const __m512 low = V::load(y + k), high = V::load(y + k + 16);
+        for (int r = 0; r < R; ++r) {
+            even[r] = V::fma(V::load(x[r] + k), low, even[r]);
+            odd[r] = V::fma(V::load(x[r] + k + 16), high, odd[r]);
+        }
+    }
+    for (; k < c; k += 16)
+        for (int r = 0; r < R; ++r)
+            even[r] = V::fma(V::load_n(x[r] + k, c - k), V::load_n(y + k, c - k), even[r]);
+    for (int r = 0; r < R; ++r) out[r] = V::sum(even[r] + odd[r]);
 }
 
 // One task's cells: whole images, or a piece of one that is too large.
@@ -213,6 +221,8 @@ class Worker {
         tiles_ = take<uint16_t>(memory, cells * sounds.depth * kTileDepth);
         products_ = take<float>(memory, (cells + kTileRows) * kWidth);
         highest_ = take<float>(memory, kPanelsPerTask * kWidth);
+        candidates_ = take<uint16_t>(memory, kWidth * cells);
+        stride_ = cells;
         rows_ = take<float>(memory, cells * padded(c));
     }
     // Cells that a group may have.
@@ -226,7 +236,7 @@ class Worker {
         return sizeof(uint16_t) * cells * sounds.depth * kTileDepth +
                sizeof(float) *
                    ((cells + kTileRows) * kWidth + kPanelsPerTask * kWidth + cells * padded(img.c)) +
-               4 * 64;
+               sizeof(uint16_t) * kWidth * cells + 5 * 64;
     }
 
     // Packs the cells, once for all panels.
@@ -242,24 +252,29 @@ class Worker {
         for (int64_t t = 0; t < tiles; t += 2)
             multiply(tiles_ + t * depth * kTileSize, sounds_.panel(index), depth, t + 1 < tiles,
                      products_ + t * kTileRows * kWidth);
+        std::memset(found_, 0, sizeof(found_));
         for (int64_t i = 0; i < cells_.images; ++i) {
             if (is_dense(i)) continue;
             if (job_.bf16_products)
                 keep_largest(i, index);
             else
-                refine(i, index, highest_ + (index - first_panel) * kWidth);
+                screen(i, index, highest_ + (index - first_panel) * kWidth);
         }
+        for (int64_t lane = 0; lane < kWidth; ++lane) refine(lane, index * kWidth + lane);
     }
 
   private:
     const MaxLogits& job_;
     const FeatureMap& img_;
     const Sounds& sounds_;
-    uint8_t* dense_;   // by image: left to the AVX-512 kernel
-    uint16_t* tiles_;  // [cells / 16][c / 32][16][32]
-    float* products_;  // [cells][32]
-    float* highest_;   // the screen's maximum so far, where an image comes in pieces
-    float* rows_;      // [cells][c], where the image itself has no such rows
+    uint8_t* dense_;        // by image: left to the AVX-512 kernel
+    uint16_t* tiles_;       // [cells / 16][c / 32][16][32]
+    float* products_;       // [cells][32]
+    float* highest_;        // the screen's maximum so far, where an image comes in pieces
+    float* rows_;           // [cells][c], where the image itself has no such rows
+    uint16_t* candidates_;  // [32 sounds][stride_]: cells of the group to multiply again, in order
+    int64_t stride_;
+    int64_t found_[kWidth];  // how many there are of each sound
     Cells cells_{};
     Norms norms_[1024];  // by image of the group
 
@@ -337,20 +352,22 @@ class Worker {
         }
     }
 
-    // The same from float32 products of the candidates.
-    void refine(int64_t i, int64_t panel, float* highest) {
+    // Notes which cells of an image may win: those within 2 eps of the screen's maximum.
+    void screen(int64_t i, int64_t panel, float* highest) {
         const float* products = products_ + i * cells_.count * kWidth;
-        const float* rows = rows_of(i);
-        const int64_t row = (cells_.image + i) * sounds_.m, c = img_.c, stride = row_stride();
-        const float gamma = static_cast<float>(c + 16) * 0x1p-23f;
+        const int64_t row = (cells_.image + i) * sounds_.m;
+        const float gamma = static_cast<float>(img_.c + 16) * 0x1p-23f;
         // The rounded vector's norm is at most the sum of both.
         const float whole = norms_[i].whole + norms_[i].residual;
-        int64_t budget = cells_.count * kWidth / 4 + kWidth;
+        int64_t before[kWidth], budget = cells_.count * kWidth / 4 + kWidth;
+        std::memcpy(before, found_, sizeof(before));
         for (int64_t half = 0; half < kWidth; half += V::kLanes) {
             const int64_t m0 = panel * kWidth + half, columns = smaller(V::kLanes, sounds_.m - m0);
             if (columns <= 0) return;
+            if (cells_.begin == 0)
+                V::store_n(job_.logits + row + m0, V::set(-std::numeric_limits<float>::infinity()), columns);
             const __mmask16 lanes = V::first(columns);
-            __m512 top = cells_.begin ? V::load(highest + half) : V::load(products + half);
+            __m512 top = V::load(cells_.begin ? highest + half : products + half);
             for (int64_t p = 0; p < cells_.count; ++p)
                 top = V::max(top, V::load(products + p * kWidth + half));
             V::store(highest + half, top);
@@ -359,31 +376,54 @@ class Worker {
             const __m512 eps =
                 V::fma(V::set(norms_[i].residual + gamma * whole), sound + lost, V::set(whole) * lost);
             const __m512 floor = top - V::set(2.f) * eps;
-            alignas(64) float best[V::kLanes];
-            alignas(64) uint16_t index[V::kLanes] = {};
-            if (cells_.begin) {
-                V::store(best, V::load_n(job_.logits + row + m0, columns));
-                std::memcpy(index, job_.argmax + row + m0, sizeof(uint16_t) * columns);
-            } else {
-                V::store(best, V::set(-std::numeric_limits<float>::infinity()));
-            }
             for (int64_t p = 0; p < cells_.count; ++p) {
-                unsigned found =
+                unsigned wins =
                     _mm512_mask_cmp_ps_mask(lanes, V::load(products + p * kWidth + half), floor, _CMP_GE_OQ);
-                budget -= std::popcount(found);
-                for (; found; found &= found - 1) {
-                    const int lane = std::countr_zero(found);
-                    const float value = dot(rows + p * stride, sounds_.rows + (m0 + lane) * c, c);
-                    if (value > best[lane]) {
-                        best[lane] = value;
-                        index[lane] = static_cast<uint16_t>(cells_.begin + p);
-                    }
+                budget -= std::popcount(wins);
+                for (; wins; wins &= wins - 1) {
+                    const int64_t lane = half + std::countr_zero(wins);
+                    candidates_[lane * stride_ + found_[lane]++] =
+                        static_cast<uint16_t>(i * cells_.count + p);
                 }
-                if (budget < 0) return make_dense(i);
             }
-            V::store_n(job_.logits + row + m0, V::load(best), columns);
-            std::memcpy(job_.argmax + row + m0, index, sizeof(uint16_t) * columns);
         }
+        if (budget >= 0) return;
+        std::memcpy(found_, before, sizeof(before));
+        make_dense(i);
+    }
+
+    // Multiplies a sound's candidates in float32, several at a time while the sound is in L1.
+    void refine(int64_t lane, int64_t m) {
+        constexpr int kTogether = 4;
+        const uint16_t* candidates = candidates_ + lane * stride_;
+        const float* sound = sounds_.rows + m * img_.c;
+        const int64_t found = found_[lane];
+        int64_t j = 0;
+        for (; j + kTogether <= found; j += kTogether) {
+            const float* rows[kTogether];
+            for (int r = 0; r < kTogether; ++r) rows[r] = row_of(candidates[j + r]);
+            float values[kTogether];
+            dots(rows, sound, img_.c, values);
+            for (int r = 0; r < kTogether; ++r) keep(candidates[j + r], m, values[r]);
+        }
+        for (; j < found; ++j) {
+            const float* const rows[1] = {row_of(candidates[j])};
+            float value;
+            dots(rows, sound, img_.c, &value);
+            keep(candidates[j], m, value);
+        }
+    }
+
+    const float* row_of(int64_t cell) const {
+        if (!rows_in_place()) return rows_ + cell * row_stride();
+        return rows_of(cell / cells_.count) + cell % cells_.count * img_.c;
+    }
+
+    void keep(int64_t cell, int64_t m, float value) {
+        const int64_t at = (cells_.image + cell / cells_.count) * sounds_.m + m;
+        if (!(value > job_.logits[at])) return;
+        job_.logits[at] = value;
+        job_.argmax[at] = static_cast<uint16_t>(cells_.begin + cell % cells_.count);
     }
 };
 
