@@ -46,9 +46,10 @@ sanitize: install
 		-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) \
 		-DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(SANITIZED)/package/fnac_kernels >/dev/null
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED)/native
-	PYTHONSAFEPATH=1 PYTHONPATH=$(SANITIZED)/package LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -q tests/test_backends.py tests/test_cpu_exact.py \
-		tests/test_cpu_backend.py -k "not memory"
+	export PYTHONSAFEPATH=1 PYTHONPATH=$(SANITIZED)/package ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" && \
+	$(BIN)/python -c "import fnac_kernels._C as native; assert native.__file__.startswith('$(SANITIZED)'), native" && \
+	$(BIN)/python -m pytest -q tests/test_backends.py tests/test_cpu_exact.py tests/test_cpu_backend.py -k "not memory"
 
 # Makes data, trains, evaluates and writes runs/demo/report.html, in about 10 minutes on 2 cores.
 demo: install
