@@ -1,0 +1,70 @@
+"""The Triton kernels over the whole table, in Triton's interpreter: values and gradients, without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="test_backends.py runs the compiled kernels here"),
+]
+ROOT = Path(__file__).parent.parent
+
+
+def interpret(*command: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+def test_the_interpreter_passes_the_table():
+    done = interpret("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_backends.py", "-k", "triton")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+NON_FINITE = """
+import itertools, torch, fnac_kernels as fk
+VALUES, DTYPES = (float("nan"), float("inf")), (torch.float32, torch.bfloat16)
+for where, value, dtype in itertools.product(("img", "aud"), VALUES, DTYPES):
+    torch.manual_seed(0)
+    img, aud = torch.randn(3, 8, 3, 3).to(dtype), torch.randn(3, 8).to(dtype)
+    (img if where == "img" else aud).view(-1)[11] = value
+    got, wanted = (fk.fnac_loss(img, aud, 0.5, backend=name) for name in ("triton", "reference"))
+    for x, y in zip(got, wanted):
+        torch.testing.assert_close(x, y, equal_nan=True, rtol=1e-3, atol=1e-4)
+    logits = [fk.max_logits(img, aud, 0.5, backend=name) for name in ("triton", "reference")]
+    torch.testing.assert_close(*logits, equal_nan=True, rtol=1e-3, atol=1e-4)
+"""
+
+
+def test_values_that_are_not_finite():
+    done = interpret("-c", NON_FINITE)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+BROKEN = """
+import torch, fnac_kernels as fk
+from fnac_kernels.backends.triton import launch
+class Kernel:
+    __name__ = "max_logits_kernel"
+    def __getitem__(self, grid):
+        raise ValueError("out of resource: shared memory")
+try:
+    launch.run(Kernel(), (1,))
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_a_kernel_that_cannot_run_says_which_and_what_would_serve():
+    done = interpret("-c", BROKEN)
+    assert "max_logits_kernel cannot run on this device: ValueError: out of resource: shared memory" in done.stdout
+    assert "backend='cuda' or backend='reference' would serve" in done.stdout
