@@ -359,7 +359,7 @@ def adjacency_backward(
     adjacency_threshold: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, c = aud.shape
-    blocks, flags = tuning.adjacency(), _flags(weights, adjacency_threshold)
+    blocks, flags = tuning.adjacency_gradient(), _flags(weights, adjacency_threshold)
     w0, w1, w2, w3 = map(float, weights)
     common = {
         "LOSS": grad_loss is not None, "TERMS": grad_terms is not None, "PRECISION": precision(torch.float32),

@@ -61,7 +61,7 @@ def max_logits(img: Tensor, aud: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     m, cells = aud.shape[0], h * w
     logits = torch.empty((n, m), dtype=torch.float32, device=img.device)
     argmax = torch.empty((n, m), dtype=torch.uint16, device=img.device)
-    blocks = tuning.max_logits(cells)
+    blocks = tuning.max_logits(cells, wide=img.dtype == torch.float32)
     with on(img):
         run(
             max_logits_kernel, (n, triton.cdiv(m, blocks.sizes["BLOCK_M"])),

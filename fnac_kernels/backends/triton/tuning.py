@@ -24,14 +24,17 @@ def _cells(count: int, most: int) -> int:
     return min(max(16, 1 << (count - 1).bit_length()), most)
 
 
-def max_logits(cells: int) -> Blocks:
-    """Accumulators of 64 x 128 over 8 warps are 32 registers a thread; 49 cells fill 77 % of 64 rows."""
-    return Blocks({"BLOCK_P": _cells(cells, 64), "BLOCK_M": 128, "BLOCK_C": 64}, num_warps=8, num_stages=3)
+def max_logits(cells: int, wide: bool) -> Blocks:
+    """Accumulators of 64 x 128 over 8 warps are 32 registers a thread; 49 cells fill 77 % of 64 rows. Float32 operands
+    (``wide``) are held in registers and spill at a depth of 64.
+    """
+    depth = 32 if wide else 64
+    return Blocks({"BLOCK_P": _cells(cells, 64), "BLOCK_M": 128, "BLOCK_C": depth}, num_warps=8, num_stages=3)
 
 
 def pooling(cells: int) -> Blocks:
     """One program reads an image twice, the second time from cache."""
-    return Blocks({"BLOCK_P": _cells(cells, 64), "BLOCK_C": 64}, num_warps=4, num_stages=2)
+    return Blocks({"BLOCK_P": _cells(cells, 32), "BLOCK_C": 64}, num_warps=4, num_stages=2)
 
 
 def image_gradient(cells: int) -> Blocks:
@@ -40,10 +43,15 @@ def image_gradient(cells: int) -> Blocks:
 
 
 def audio_gradient(cells: int) -> Blocks:
-    """A tile of the sounds' gradient; the images pass by."""
-    return Blocks({"BLOCK_P": _cells(cells, 64), "BLOCK_M": 64, "BLOCK_C": 64}, num_warps=4, num_stages=2)
+    """A tile of the sounds' gradient; the images pass by. With 4 warps it needs every register."""
+    return Blocks({"BLOCK_P": _cells(cells, 64), "BLOCK_M": 64, "BLOCK_C": 64}, num_warps=8, num_stages=2)
 
 
 def adjacency() -> Blocks:
-    """Four tiles (A, F, I, L) are alive at a time: 32 x 32 over 4 warps is 8 registers a thread for each."""
-    return Blocks({"BLOCK_N": 32, "BLOCK_M": 32, "BLOCK_C": 32}, num_warps=4, num_stages=2)
+    """Four tiles (A, F, I, L) are alive at a time: 32 x 32 over 8 warps is 4 registers a thread for each."""
+    return Blocks({"BLOCK_N": 32, "BLOCK_M": 32, "BLOCK_C": 32}, num_warps=8, num_stages=2)
+
+
+def adjacency_gradient() -> Blocks:
+    """Transposed tiles come on top: with 32 columns the gradient of the foreground features spills."""
+    return Blocks({"BLOCK_N": 32, "BLOCK_M": 16, "BLOCK_C": 32}, num_warps=8, num_stages=2)
