@@ -43,7 +43,7 @@ def test_report_needs_nothing_else(run):
     sources = re.findall(r'(?:src|href)="([^"]*)"', text)
     assert sources
     assert all(source.startswith("data:") for source in sources)
-    assert "http" not in text
+    assert "http" not in re.sub(r"base64,[^\"]*", "", text)  # four letters that encoded bytes may well spell
     sounds = [base64.b64decode(s.partition("base64,")[2]) for s in sources if s.startswith("data:audio/wav")]
     pictures = [base64.b64decode(s.partition("base64,")[2]) for s in sources if s.startswith("data:image/png")]
     assert len(sounds) == len(pictures) - 1 == 5  # each clip once, and the curves
