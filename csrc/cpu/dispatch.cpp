@@ -15,8 +15,10 @@ std::vector<const Kernels*> usable() {
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
         tables.push_back(&avx512_kernels());
-#if defined(FNAC_AMX)
-    if (tables.back() == &avx512_kernels() && amx_usable()) tables.push_back(&amx_kernels());
+#if defined(FNAC_BF16)
+    if (tables.back() == &avx512_kernels() && __builtin_cpu_supports("avx512bf16"))
+        tables.push_back(&avx512bf16_kernels());
+    if (tables.back() == &avx512bf16_kernels() && amx_usable()) tables.push_back(&amx_kernels());
 #endif
 #endif
     return tables;
