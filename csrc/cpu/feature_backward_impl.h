@@ -196,8 +196,6 @@ void feature_backward(const FeatureBackward& job) {
     const int64_t parts = slices < job.threads ? smaller(job.threads / slices, ceil_div(img.n, images)) : 1;
     const bool shared = parts > 1 && job.daud != nullptr;
     const Scratch shares(shared ? sizeof(float) * parts * audio_size : 0);
-    const size_t element = img.dtype == Dtype::kFloat32 ? 4 : 2;
-    if (job.dimg != nullptr) prefer_huge_pages(job.dimg, element * img.n * img.image_size());
     parallel_for(job.threads, slices * parts, [&](int64_t task, int worker) {
         const int64_t part = task / slices, first = task % slices * kSlice;
         float* memory = scratch.as<float>() + worker * worker_size;
