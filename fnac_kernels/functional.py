@@ -3,7 +3,7 @@
 Common to all: ``img`` is the image feature map ``(N, C, H, W)``, contiguous or channels_last, ``aud`` the audio
 embedding ``(M, C)``, both usually L2-normalised over C by the caller (nothing here needs that). Both are float32,
 bfloat16 or float16 (float64 runs on the reference). Results are float32 (float64 for float64), gradients have their
-input's dtype. Under autocast the features are cast to the autocast dtype first, as ``einsum`` would cast them.
+input's dtype. Under autocast the features are rounded to the autocast dtype first, as ``einsum`` would cast them.
 
 ``backend``: None chooses by device (CPU tensors: ``cpu``; CUDA tensors: ``triton``, then ``cuda``; ``reference`` where
 none is usable); a name is an order, never falls back, and says why it cannot be followed.
@@ -28,13 +28,22 @@ _kernels = torch.ops.fnac_kernels
 assert _ops  # importing it registers the operators
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the dtype that autocast asks for on their device; unchanged outside autocast."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
+#: Backends that round a float32 feature map to the products' dtype while they read it: a cast of the map before would
+#: cost more than the products, and its gradient another one.
+_ROUNDS_ITSELF = ("cpu",)
+
+
+def _autocast(backend: str, img: Tensor, aud: Tensor) -> tuple[Tensor, Tensor]:
+    """The features in the dtype that autocast asks for on their device; unchanged outside autocast.
+
+    Float32 maps stay as they are for a backend that rounds them itself: the embeddings' dtype tells it what to.
+    """
+    device = img.device.type
+    if not torch.is_autocast_enabled(device) or img.dtype == torch.float64:
+        return img, aud
     dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+    keeps = backend in _ROUNDS_ITSELF and img.dtype == torch.float32
+    return img if keeps else img.to(dtype), aud.to(dtype)
 
 
 def _backend(requested: str | None, x: Tensor) -> str:
@@ -81,8 +90,8 @@ def fnac_loss(
     fg_threshold = _validate.number(fg_threshold, "fg_threshold")
     weights = _validate.weights(weights)
     adjacency_threshold = _validate.optional_number(adjacency_threshold, "adjacency_threshold")
-    img, aud = _autocast(img, aud)
     name = _backend(backend, img)
+    img, aud = _autocast(name, img, aud)
     if name == _dispatch.REFERENCE:
         with torch.autocast(img.device.type, enabled=False):
             return reference.fnac_loss(
@@ -105,8 +114,8 @@ def max_logits(img: Tensor, aud: Tensor, tau: float = 0.03, *, backend: str | No
     """
     _validate.features(img, aud)
     tau = _validate.temperature(tau)
-    img, aud = _autocast(img, aud)
     name = _backend(backend, img)
+    img, aud = _autocast(name, img, aud)
     if name == _dispatch.REFERENCE:
         with torch.autocast(img.device.type, enabled=False):
             return reference.max_logits(img, aud, tau)
@@ -120,8 +129,8 @@ def similarity_maps(img: Tensor, aud: Tensor, tau: float = 0.03, *, backend: str
     """
     _validate.features(img, aud)
     tau = _validate.temperature(tau)
-    img, aud = _autocast(img, aud)
     _backend(backend, img)  # an order that cannot be followed is an error here too
+    img, aud = _autocast(_dispatch.REFERENCE, img, aud)
     with torch.autocast(img.device.type, enabled=False):
         return reference.similarity_maps(img, aud, tau)
 
@@ -130,8 +139,8 @@ def paired_maps(img: Tensor, aud: Tensor, tau: float = 0.03, *, backend: str | N
     """``maps[n] = <img[n, :, h, w], aud[n]> / tau``: the localization map of each matched pair, ``(N, H, W)``."""
     _validate.features(img, aud, paired=True)
     tau = _validate.temperature(tau)
-    img, aud = _autocast(img, aud)
     name = _backend(backend, img)
+    img, aud = _autocast(name, img, aud)
     if name == _dispatch.REFERENCE:
         with torch.autocast(img.device.type, enabled=False):
             return reference.paired_maps(img, aud, tau)
@@ -150,8 +159,8 @@ def foreground_pool(img: Tensor, maps: Tensor, threshold: float = 0.6, *, backen
     _validate.same(maps, "maps", img, "img", dtype=False)
     _validate.shape(maps, "maps", (img.shape[0], *img.shape[2:]), "img's (N, H, W)")
     threshold = _validate.number(threshold, "threshold")
-    (img,) = _autocast(img)
     name = _backend(backend, img)
+    img, _ = _autocast(name, img, img)
     if name == _dispatch.REFERENCE:
         with torch.autocast(img.device.type, enabled=False):
             return reference.foreground_pool(img, maps, threshold)

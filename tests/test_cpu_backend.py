@@ -134,3 +134,19 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     gradient, similarities = 512 * 128 * 49 * 4 / 1024, 512 * 512 * 49 * 4 / 1024  # KiB: 12544 and 50176
     assert int(done.stdout) < gradient + similarities / 2
+
+
+def test_autocast_rounds_the_products_of_float32_maps_and_copies_nothing():
+    img, aud = (x.requires_grad_() for x in features())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = fk.fnac_loss(img, aud, backend="cpu")
+    rounded = fk.reference.paired_maps(img.detach(), aud.detach().bfloat16(), 0.03)
+    torch.testing.assert_close(out.maps.detach(), rounded)
+    kept = [saved for saved in out.loss.grad_fn.saved_tensors if saved.shape == img.shape]
+    assert [saved.data_ptr() for saved in kept] == [img.data_ptr()]
+    dimg, daud = torch.autograd.grad(out.loss, (img, aud))
+    exact = [x.detach().double().requires_grad_() for x in (img, aud)]
+    wanted = torch.autograd.grad(fk.fnac_loss(*exact).loss, exact)
+    for got, want in zip((dimg, daud), wanted, strict=True):
+        assert got.dtype == torch.float32
+        assert float((got - want).norm() / want.norm()) < 0.2  # a few argmaxes differ

@@ -37,7 +37,7 @@ def max_logits(img: Tensor, aud: Tensor, tau: float) -> tuple[Tensor, Tensor]:
         tau,
         logits.data_ptr(),
         argmax.data_ptr(),
-        img.dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium",
+        torch.bfloat16 in (img.dtype, aud.dtype) or torch.get_float32_matmul_precision() == "medium",
         torch.get_num_threads(),
     )
     return logits, argmax
