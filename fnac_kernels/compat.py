@@ -46,7 +46,7 @@ class LazySimilarity:
             and _is_arange(index[0], len(self))
             and _is_arange(index[1], len(self))
         ):
-            return self._maps
+            return self._maps[index[0]]  # a new tensor, which under no_grad needs no gradient: callers make it numpy
         return self.tensor()[index]
 
     def __getattr__(self, name: str) -> Any:

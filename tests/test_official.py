@@ -110,8 +110,9 @@ def test_matched_pairs_do_not_build_the_whole(both, monkeypatch):
         raise AssertionError("the similarity tensor was built")
 
     monkeypatch.setattr(LazySimilarity, "tensor", forbidden)
-    _, maps = patched.forward(img, aud)
+    _, maps = patched.forward(img.requires_grad_(), aud)
     assert maps.shape == (8, 5, 4)
+    assert not maps.requires_grad  # it was indexed under no_grad
     with pytest.raises(AssertionError, match="was built"):
         patched.calculate_loss(img, aud)[1][0, 1]
 
