@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import jsonargparse
@@ -11,13 +10,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from fnac.audio import MediaError
+from fnac.callbacks import BestAndLast
 from fnac.data.datamodule import ClipData
 from fnac.data.generate import make_data
 from fnac.data.leakage import LeakageError, check_leakage
 from fnac.demo import demo
 from fnac.prediction import PredictionWriter
 from fnac.results import render, write_results
-from fnac.training import BestAndLast, Localization, fast_precision
+from fnac.training import Localization, accelerator, fast_precision
 
 DESCRIPTION = """Audio-visual sound source localization with FNAC: fit, validate, test and predict as below (each with
 --help), and three commands of their own: `fnac demo` trains and evaluates on generated data from nothing,
@@ -80,22 +80,23 @@ class LocalizationCLI(LightningCLI):
 COMMANDS: dict[str, Any] = {"make-data": make_data, "check-leakage": check_leakage, "demo": demo}
 
 
-def main(args: Sequence[str] | None = None) -> None:
+def main(args: list[str] | None = None) -> None:
     """Run the command line; ``args`` are the process's by default."""
-    args = sys.argv[1:] if args is None else list(args)
+    given = sys.argv[1:] if args is None else args
     try:
-        if args and args[0] in COMMANDS:
-            jsonargparse.auto_cli(COMMANDS, args=list(args))
+        if given and given[0] in COMMANDS:
+            jsonargparse.auto_cli(COMMANDS, args=given)
         else:
             LocalizationCLI(
                 Localization,
                 ClipData,
-                args=list(args),
+                args=args,
                 seed_everything_default=0,
                 parser_kwargs={"prog": "fnac", "description": DESCRIPTION},
                 trainer_defaults={
                     "default_root_dir": "runs",
                     "max_epochs": 30,
+                    "accelerator": accelerator(),
                     "precision": fast_precision(),
                     "callbacks": BestAndLast(),
                 },

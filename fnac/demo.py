@@ -16,12 +16,13 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from fnac.callbacks import BestAndLast, History
 from fnac.data.datamodule import ClipData
 from fnac.data.generate import make_data
 from fnac.pictures import choose_examples, gallery, to_png
 from fnac.report import write_report
 from fnac.results import environment, render, write_results, write_text
-from fnac.training import MODEL, OBJECT_ONLY, BestAndLast, History, Localization, fast_precision
+from fnac.training import MODEL, OBJECT_ONLY, Localization, accelerator, fast_precision
 from fnac.warmup import warm_up
 from fnac_kernels import info
 
@@ -148,7 +149,7 @@ class _Demo:
                 accuracy = warm_up(
                     root, self.encoder, image_stages=settings.image_stages, image_size=settings.image_size,
                     batch_size=settings.batch_size, epochs=settings.encoder_epochs, seed=settings.seed,
-                    enable_progress_bar=self.progress, precision=self.precision, accelerator="auto", devices=1,
+                    enable_progress_bar=self.progress, precision=self.precision, accelerator=accelerator(), devices=1,
                 )  # fmt: skip
             print(f"names the object of {accuracy:.1%} of held-out single-object frames")
         data = ClipData(
@@ -183,7 +184,7 @@ class _Demo:
 
     def _trainer(self, *callbacks: Any, **options: Any) -> Trainer:
         return Trainer(
-            accelerator="auto", devices=1, precision=self.precision, logger=False, callbacks=list(callbacks),
+            accelerator=accelerator(), devices=1, precision=self.precision, logger=False, callbacks=list(callbacks),
             enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks), enable_model_summary=False,
             enable_progress_bar=self.progress, num_sanity_val_steps=0, **options,
         )  # fmt: skip

@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from fnac.callbacks import History
 from fnac.data.vggss import ClipDataset, load_image
 from fnac.metrics import SIZE, ciou, minmax, pointing
-from fnac.training import History
 
 HEAT = colormaps["inferno"]
 TRUTH = "#35d0ff"  # a colour that the heat map does not have

@@ -11,9 +11,9 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
+from fnac.callbacks import History
 from fnac.pictures import Example, curves, draw_example, to_png
 from fnac.results import HEADINGS, Table, write_text
-from fnac.training import History
 
 
 def write_report(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from fnac import metrics
@@ -149,9 +147,10 @@ class Localization(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores of the whole split."""
-        self.log_dict({f"val/{name}": value.float() for name, value in self.val_scores.compute().items()})
-        self.log("ap50", self.val_scores.compute()["ap50"].float(), prog_bar=True, logger=False)
+        scores = {name: value.float() for name, value in self.val_scores.compute().items()}
         self.val_scores.reset()
+        self.log_dict({f"val/{name}": value for name, value in scores.items()}, sync_dist=True)
+        self.log("ap50", scores["ap50"], prog_bar=True, logger=False, sync_dist=True)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Score the maps, and those of the baselines."""
@@ -166,7 +165,7 @@ class Localization(LightningModule):
         for row, scores in zip(self.rows, self.test_scores, strict=True):
             self.results[row] = {name: float(value) for name, value in scores.compute().items()}  # type: ignore[operator]
             scores.reset()  # type: ignore[operator]
-        self.log_dict({f"test/{name}": value for name, value in self.results[MODEL].items()})
+        self.log_dict({f"test/{name}": value for name, value in self.results[MODEL].items()}, sync_dist=True)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Names, and maps of cosines ``(N, 224, 224)``."""
@@ -188,63 +187,14 @@ class Localization(LightningModule):
         )
 
 
+def accelerator() -> Literal["cuda", "cpu"]:
+    """CUDA where there is a device. Lightning's "auto" would also choose Apple's, which has no float64 for scores."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def fast_precision() -> Literal["bf16-mixed", "32-true"]:
     """bfloat16 autocast where the machine multiplies bfloat16 faster than float32, else plain float32."""
     if torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     found = torch.cpu.get_capabilities()
     return "bf16-mixed" if found.get("amx_bf16") or found.get("avx512_bf16") else "32-true"
-
-
-class BestAndLast(ModelCheckpoint):
-    """Keeps the last epoch (``last.ckpt``) and the best on the validation split (``best.ckpt``), where there is one.
-
-    Args:
-        monitor: score to choose by.
-        dirpath: folder; by default below the logger's.
-    """
-
-    def __init__(self, monitor: str = "val/ap50", dirpath: str | None = None) -> None:
-        super().__init__(
-            dirpath, filename="best", monitor=monitor, mode="max", save_last=True, enable_version_counter=False
-        )
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Without validation there is no best: only the last epoch is kept."""
-        super().setup(trainer, pl_module, stage)
-        folders: Mapping[str, Any] = getattr(trainer.datamodule, "folders", {})  # type: ignore[attr-defined]
-        if stage == "fit" and folders.get("val") is None:
-            self.monitor, self.save_top_k = None, 0
-
-
-class History(Callback):
-    """The training terms of every step and the validation scores of every epoch; checkpoints carry them.
-
-    ``train`` and ``val`` are lists of dicts that hold ``step`` and the values by name.
-    """
-
-    def __init__(self) -> None:
-        self.train: list[dict[str, float]] = []
-        self.val: list[dict[str, float]] = []
-
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Note the step's terms."""
-        self.train.append(self._logged(trainer, "train/"))
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the epoch's scores."""
-        if not trainer.sanity_checking:
-            self.val.append(self._logged(trainer, "val/"))
-
-    @staticmethod
-    def _logged(trainer: Trainer, prefix: str) -> dict[str, float]:
-        values = {k.removeprefix(prefix): float(v) for k, v in trainer.callback_metrics.items() if k.startswith(prefix)}
-        return {"step": trainer.global_step, **values}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Both lists."""
-        return {"train": self.train, "val": self.val}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from both lists."""
-        self.train, self.val = list(state_dict["train"]), list(state_dict["val"])

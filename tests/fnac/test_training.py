@@ -12,8 +12,9 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
+from fnac.callbacks import BestAndLast, History
 from fnac.metrics import LocalizationScores
-from fnac.training import MODEL, BestAndLast, History
+from fnac.training import MODEL
 from fnac_kernels import reference
 
 pytestmark = pytest.mark.filterwarnings(
@@ -76,8 +77,9 @@ SCRIPT = """
     import os, signal, sys
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+    from fnac.callbacks import History
     from fnac.data.datamodule import ClipData
-    from fnac.training import History, Localization
+    from fnac.training import Localization
 
     class Kill(Callback):
         def on_train_batch_start(self, trainer, model, batch, batch_idx):
@@ -137,6 +139,37 @@ def test_best_and_last_survive_an_interruption(tmp_path, make_model, make_clips)
     assert sorted(path.name for path in last.parent.iterdir()) == ["best.ckpt", "last.ckpt"]
     assert saving.best_model_score == pytest.approx(max(entry["ciou"] for entry in history.val))
     assert [entry["step"] for entry in history.val] == [3, 6, 9]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_run_that_goes_on_in_another_folder_takes_the_best_epoch_along(tmp_path, make_model, make_clips, moved):
+    """Each epoch scores worse than the one before, so the first stays the best."""
+
+    def run(folder, epochs, ckpt_path=None):
+        model, saving = make_model(), BestAndLast("val/ciou", dirpath=str(tmp_path / folder))
+        model.on_validation_epoch_end = lambda: model.log("val/ciou", 1.0 - model.current_epoch)
+        trainer(tmp_path, saving, max_epochs=epochs).fit(model, make_clips(), ckpt_path=ckpt_path, weights_only=True)
+        return saving
+
+    first = run("first", 1)
+    source = (tmp_path / "first").rename(tmp_path / "elsewhere") if moved else tmp_path / "first"
+    second = run("second", 2, source / "last.ckpt")
+    assert second.best_model_path == str(tmp_path / "second" / "best.ckpt")
+    assert second.best_model_score == first.best_model_score
+    assert (tmp_path / "second" / "best.ckpt").read_bytes() == (source / "best.ckpt").read_bytes()
+    assert torch.load(tmp_path / "second" / "last.ckpt", weights_only=True)["global_step"] == 6
+
+
+def test_a_best_epoch_that_is_lost_is_named(tmp_path, make_model, make_clips):
+    def run(folder, epochs, ckpt_path=None):
+        saving = BestAndLast("val/ciou", dirpath=str(tmp_path / folder))
+        trainer(tmp_path, saving, max_epochs=epochs).fit(make_model(), make_clips(), ckpt_path=ckpt_path)
+
+    run("first", 1)
+    (tmp_path / "first" / "best.ckpt").unlink()
+    with pytest.warns(UserWarning, match=r"best\.ckpt is not there: the best of the epochs to come"):
+        run("second", 2, tmp_path / "first" / "last.ckpt")
+    assert (tmp_path / "second" / "best.ckpt").is_file()
 
 
 def test_without_validation_the_last_epoch_is_kept(tmp_path, make_model, make_clips):
