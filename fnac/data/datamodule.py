@@ -129,9 +129,11 @@ class ClipData(LightningDataModule):
             for split in ("val", "test"):
                 if self.folders[split] is not None:
                     refuse_leakage(self.train_set.names, self._set(split).names, split, self.on_leakage)
-        for split in {"validate": ["val"], "test": ["test"]}.get(stage, []):
-            if self._set(split).clips[0].annotation is None:
-                raise ValueError(f"{split}: annotations are needed to evaluate, got none")
+        evaluated = {"fit": "val", "validate": "val", "test": "test"}.get(stage)
+        if evaluated is None or (stage == "fit" and self.folders["val"] is None):
+            return
+        if self._set(evaluated).clips[0].annotation is None:
+            raise ValueError(f"{evaluated}: annotations are needed to evaluate, got none")
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled by seed and epoch; batches are all full."""

@@ -177,6 +177,8 @@ def test_evaluating_needs_annotations_and_predicting_does_not(root):
     bare = ClipFolder(str(root / "test"))
     with pytest.raises(ValueError, match="test: annotations are needed"):
         ClipData(test=bare, **SMALL).setup("test")
+    with pytest.raises(ValueError, match="val: annotations are needed"):
+        ClipData(train=generated_split(root, "train"), val=bare, batch_size=4, **SMALL).setup("fit")
     data = ClipData(test=bare, **SMALL)
     data.setup("predict")
     assert next(iter(data.predict_dataloader()))["name"] == ["test_000000", "test_000001", "test_000002"]
