@@ -1,0 +1,101 @@
+"""Two processes on the CPU: shards, seeds, scores and resuming as with one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"
+)
+
+SCRIPT = """
+    import json, sys
+    import torch
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+    from fnac.data.datamodule import ClipData
+    from fnac.training import Localization
+
+    class Notes(Callback):
+        def __init__(self):
+            self.steps = []
+
+        def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
+            self.steps.append({"epoch": trainer.current_epoch, "names": batch["name"], "draw": torch.rand(()).item()})
+
+    if __name__ == "__main__":
+        root, folder, ckpt_path = sys.argv[1:]
+        model, notes = Localization(dim=16, image_stages=1, audio_stages=1, warmup_epochs=1), Notes()
+        data = ClipData(root, batch_size=4, image_size=48, clip_seconds=0.25)
+        saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, callbacks=[notes, saving],
+                          max_epochs=2, enable_progress_bar=False, enable_model_summary=False)
+        trainer.fit(model, data, ckpt_path=ckpt_path or None, weights_only=True)
+        scores = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()]).tolist()
+        with open(f"{folder}/rank{trainer.global_rank}.json", "w") as file:
+            json.dump({"steps": notes.steps, "scores": scores, "weights": weights}, file)
+"""
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory, generated):
+    """Trains two epochs of three steps in two processes; returns the folder and what each rank noted."""
+    script = tmp_path_factory.mktemp("script") / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+
+    def run(ckpt_path=""):
+        folder = tmp_path_factory.mktemp("run")
+        command = [sys.executable, str(script), str(generated), str(folder), str(ckpt_path)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(launch):
+    return launch()
+
+
+def test_each_process_trains_on_its_own_clips_with_its_own_random_numbers(trained):
+    _, ranks = trained
+    for epoch in range(2):
+        seen = Counter(n for rank in ranks for step in rank["steps"] if step["epoch"] == epoch for n in step["names"])
+        assert len(seen) == 24
+        assert set(seen.values()) == {1}
+    draws = [step["draw"] for rank in ranks for step in rank["steps"]]
+    assert len(set(draws)) == len(draws) == 12
+
+
+def test_processes_end_with_the_same_weights_and_scores(trained):
+    _, ranks = trained
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+    assert ranks[0]["scores"] == ranks[1]["scores"]
+
+
+def test_sharded_scores_are_those_of_one_process(trained, tmp_path, make_model, make_clips):
+    """9 validation clips on two ranks: a score over padded shards would count one twice."""
+    folder, ranks = trained
+    single = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    (scores,) = single.validate(
+        make_model(), make_clips(), ckpt_path=folder / "step=6.ckpt", weights_only=True, verbose=False
+    )
+    assert ranks[0]["scores"] == pytest.approx({name: scores[name] for name in ranks[0]["scores"]}, abs=1e-5)
+
+
+def test_a_resumed_epoch_goes_on_on_every_rank(trained, launch):
+    folder, ranks = trained
+    _, resumed = launch(folder / "step=4.ckpt")
+    for rank, whole in zip(resumed, ranks, strict=True):
+        assert rank["steps"] == whole["steps"][4:]
+        assert torch.equal(torch.tensor(rank["weights"]), torch.tensor(whole["weights"]))
