@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,13 +30,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         FileNotFoundError: there is no such file.
         ValueError: it is no checkpoint, or one that could only be read by executing what it contains.
     """
-    try:
-        with torch.serialization.safe_globals(_HARMLESS):
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
+    found = _read(path)
     if isinstance(found, Mapping) and isinstance(found.get("model"), Mapping):
         found = found["model"]
     elif isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
@@ -46,6 +39,28 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(found, Mapping) or not found or not all(isinstance(v, Tensor) for v in found.values()):
         raise ValueError(f"{path} holds no weights: expected a dict of tensors, also below 'model' or 'state_dict'")
     return {str(name).removeprefix("module."): value for name, value in found.items()}
+
+
+def check_resumable(path: str | Path) -> None:
+    """See that a file is a checkpoint of Lightning's.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no checkpoint, or holds weights alone.
+    """
+    found = _read(path)
+    if not isinstance(found, Mapping) or "pytorch-lightning_version" not in found:
+        raise ValueError(f"{path} is no checkpoint of `fnac fit`; weights alone are given as --model.init_from")
+
+
+def _read(path: str | Path) -> Any:
+    try:
+        with torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # arbitrary bytes read as a pickle may raise anything
+        raise ValueError(f"{path} cannot be read as a checkpoint: {error!r}") from error
 
 
 def save_weights(states: Mapping[str, Tensor], path: str | Path) -> None:

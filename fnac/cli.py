@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import sys
+import traceback
+import warnings
+from pathlib import Path
 from typing import Any
 
 import jsonargparse
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
+import fnac
+import fnac_kernels
 from fnac.audio import MediaError
 from fnac.callbacks import BestAndLast
+from fnac.checkpoints import check_resumable
 from fnac.data.datamodule import ClipData
 from fnac.data.generate import make_data
-from fnac.data.leakage import LeakageError, check_leakage
+from fnac.data.leakage import check_leakage
 from fnac.demo import demo
 from fnac.prediction import PredictionWriter
 from fnac.results import render, write_results
@@ -33,6 +39,13 @@ class LocalizationCLI(LightningCLI):
         parser.link_arguments("seed_everything", "model.seed")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_argument("--results", type=str, default="runs/results.json", help="file for the scores of `test`")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Refuse a file that is no checkpoint before Lightning looks for hyperparameters in it."""
+        super().parse_arguments(parser, args)
+        path = self.config[self.config["subcommand"]]["ckpt_path"]
+        if path and Path(path).suffix:  # else a word of Lightning's: best, last, ...
+            check_resumable(path)
 
     def before_fit(self) -> None:
         """Checkpoints hold tensors and plain values only: nothing else is unpickled."""
@@ -78,32 +91,55 @@ class LocalizationCLI(LightningCLI):
 
 
 COMMANDS: dict[str, Any] = {"make-data": make_data, "check-leakage": check_leakage, "demo": demo}
+LIGHTNINGS = ("fit", "validate", "test", "predict")
 
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; ``args`` are the process's by default."""
     given = sys.argv[1:] if args is None else args
+    if not given:
+        args = given = ["--help"]
+    command = given[0]
     try:
-        if given and given[0] in COMMANDS:
-            jsonargparse.auto_cli(COMMANDS, args=given)
+        if command in COMMANDS:
+            jsonargparse.auto_cli(COMMANDS, args=args, prog="fnac")
+        elif command in LIGHTNINGS or command.startswith("-"):
+            run_lightning(args)
         else:
-            LocalizationCLI(
-                Localization,
-                ClipData,
-                args=args,
-                seed_everything_default=0,
-                parser_kwargs={"prog": "fnac", "description": DESCRIPTION},
-                trainer_defaults={
-                    "default_root_dir": "runs",
-                    "max_epochs": 30,
-                    "accelerator": accelerator(),
-                    "precision": fast_precision(),
-                    "callbacks": BestAndLast(),
-                },
-                save_config_kwargs={"overwrite": True},
-            )
-    except (MediaError, LeakageError, FileExistsError) as error:
+            raise ValueError(f"there is no command {command!r}; there are {', '.join([*LIGHTNINGS, *COMMANDS])}")
+    except Exception as error:
+        if not _explains_itself(error):
+            raise
         sys.exit(f"fnac: {error}")
+
+
+def run_lightning(args: list[str] | None) -> None:
+    """Run one of Lightning's commands."""
+    warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")  # Lightning's own use of torch
+    LocalizationCLI(
+        Localization,
+        ClipData,
+        args=args,
+        seed_everything_default=0,
+        parser_kwargs={"prog": "fnac", "description": DESCRIPTION},
+        trainer_defaults={
+            "default_root_dir": "runs",
+            "max_epochs": 30,
+            "accelerator": accelerator(),
+            "precision": fast_precision(),
+            "callbacks": BestAndLast(),
+        },
+        save_config_kwargs={"overwrite": True},
+    )
+
+
+def _explains_itself(error: Exception) -> bool:
+    """Files that are not there, and what this project's code raises on purpose, need no traceback."""
+    if isinstance(error, (FileNotFoundError, FileExistsError, MediaError)):
+        return True
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    ours = [Path(package.__file__).parent for package in (fnac, fnac_kernels)]
+    return isinstance(error, (ValueError, TypeError, RuntimeError)) and any(map(raised_in.is_relative_to, ours))
 
 
 if __name__ == "__main__":

@@ -133,7 +133,9 @@ class ClipData(LightningDataModule):
         if evaluated is None or (stage == "fit" and self.folders["val"] is None):
             return
         if self._set(evaluated).clips[0].annotation is None:
-            raise ValueError(f"{evaluated}: annotations are needed to evaluate, got none")
+            raise ValueError(
+                f"{evaluated}: annotations are needed to evaluate (--data.{evaluated}.annotations), got none"
+            )
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled by seed and epoch; batches are all full."""

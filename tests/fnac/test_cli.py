@@ -7,9 +7,10 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from fnac.cli import main
+from fnac.cli import COMMANDS, main
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"
@@ -74,8 +75,49 @@ def test_unreadable_media_are_named(run, tmp_path, generated):
     with pytest.raises(SystemExit, match=r"cannot read sound .*test_000003\.wav"):
         run("test", f"--data.root={broken}")
     (broken / "test" / "frames" / "test_000002.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"test_000002 \(frame\)"):
+    with pytest.raises(SystemExit, match=r"test_000002 \(frame\)"):
         run("test", f"--data.root={broken}")
+
+
+@pytest.mark.parametrize("content", ["hello, this is no checkpoint", "", None, {"model": {"weight": torch.zeros(1)}}])
+def test_a_file_that_is_no_checkpoint_is_named(run, tmp_path, content):
+    path = tmp_path / "best.pth"
+    if isinstance(content, dict):
+        torch.save(content, path)
+        reason = "is no checkpoint of `fnac fit`; weights alone are given as --model.init_from"
+    elif content is None:
+        reason = "No such file or directory"
+    else:
+        path.write_text(content)
+        reason = "cannot be read as a checkpoint"
+    with pytest.raises(SystemExit, match=rf"^fnac: .*{reason}") as exit_:
+        run("test", f"--ckpt_path={path}")
+    assert str(path) in str(exit_.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fitt"], "there is no command 'fitt'; there are fit, validate, test, predict, make-data"),
+        (["fit"], "train: there are no train clips"),
+        (["fit", "--data.root=nowhere"], "root: nowhere holds no generated data set"),
+        (["fit", "--model.tau=0"], "tau is 0.0; it should be positive"),
+        (["check-leakage", "a.txt", "b.txt"], r"No such file or directory: 'a\.txt'"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=f"^fnac: .*{message}"):
+        main(arguments)
+
+
+def test_faults_of_the_program_keep_their_traceback(monkeypatch):
+    def faulty(*_, **__):
+        return [][1]
+
+    monkeypatch.setitem(COMMANDS, "make-data", faulty)
+    with pytest.raises(IndexError):
+        main(["make-data"])
 
 
 def test_make_data_and_check_leakage(tmp_path, capsys):

@@ -175,7 +175,7 @@ def test_a_folder_without_generated_data_is_named(tmp_path):
 
 def test_evaluating_needs_annotations_and_predicting_does_not(root):
     bare = ClipFolder(str(root / "test"))
-    with pytest.raises(ValueError, match="test: annotations are needed"):
+    with pytest.raises(ValueError, match=r"test: annotations are needed to evaluate \(--data\.test\.annotations\)"):
         ClipData(test=bare, **SMALL).setup("test")
     with pytest.raises(ValueError, match="val: annotations are needed"):
         ClipData(train=generated_split(root, "train"), val=bare, batch_size=4, **SMALL).setup("fit")

@@ -100,7 +100,7 @@ def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch):
 
 
 def test_files_that_are_no_checkpoints_are_named(tmp_path):
-    (tmp_path / "text.pth").write_text("not a checkpoint")
+    (tmp_path / "text.pth").write_text("hello, not a checkpoint")  # its first letter is a pickle instruction
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
     with pytest.raises(ValueError, match=r"text\.pth cannot be read"):
         read_weights(tmp_path / "text.pth")
