@@ -138,9 +138,5 @@ def _explains_itself(error: Exception) -> bool:
     if isinstance(error, (FileNotFoundError, FileExistsError, MediaError)):
         return True
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    ours = [Path(package.__file__).parent for package in (fnac, fnac_kernels)]
+    ours = [Path(package.__path__[0]) for package in (fnac, fnac_kernels)]
     return isinstance(error, (ValueError, TypeError, RuntimeError)) and any(map(raised_in.is_relative_to, ours))
-
-
-if __name__ == "__main__":
-    main()

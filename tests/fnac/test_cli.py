@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -109,6 +111,15 @@ def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch, arguments, message
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=f"^fnac: .*{message}"):
         main(arguments)
+
+
+def test_without_its_libraries_the_command_says_what_to_install():
+    script = "import sys; sys.modules['jsonargparse'] = None; from fnac.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "jsonargparse" in done.stderr
+    assert "pip install -e '.[train]'" in done.stderr
 
 
 def test_faults_of_the_program_keep_their_traceback(monkeypatch):

@@ -1,0 +1,18 @@
+"""The ``fnac`` command, also ``python -m fnac``: says what to install where its libraries are missing."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line of :mod:`fnac.cli`."""
+    try:
+        from fnac.cli import main as run
+    except ModuleNotFoundError as error:
+        sys.exit(f"fnac: {error}; the training stack's libraries come with `pip install -e '.[train]'`")
+    run()
+
+
+if __name__ == "__main__":
+    main()
