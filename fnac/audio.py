@@ -33,7 +33,7 @@ def load_audio(path: str | Path, *, seconds: float | None = None, sample_rate: i
         The waveform, float32 ``(samples,)`` in -1..1, and its sample rate in Hz.
 
     Raises:
-        MediaError: the file is missing, cannot be decoded or holds no samples.
+        MediaError: the file is missing, cannot be decoded, holds no samples or some that are not finite.
     """
     try:
         with soundfile.SoundFile(path) as file:
@@ -46,6 +46,8 @@ def load_audio(path: str | Path, *, seconds: float | None = None, sample_rate: i
     if len(channels) == 0:
         raise MediaError(f"cannot read sound {path}: it holds no samples")
     waveform = torch.from_numpy(channels.mean(axis=1))
+    if not waveform.isfinite().all():
+        raise MediaError(f"cannot read sound {path}: it holds NaN or infinite samples")
     if sample_rate is not None and sample_rate != rate:
         waveform, rate = _resampler(rate, sample_rate)(waveform), sample_rate
     if seconds is not None:

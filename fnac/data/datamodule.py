@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from fnac.audio import SEGMENT, Masks
@@ -254,9 +254,9 @@ class ResumableLoader(DataLoader):
         for batch in super().__iter__():
             self.given += 1
             skipped += batch_size - len(batch["name"])
+            if skipped and self.given == len(self):  # Lightning counts, and does not ask for more than the last one
+                warnings.warn(f"epoch {self._epoch()}: {skipped} unreadable training clips were skipped", stacklevel=2)
             yield batch
-        if skipped:
-            rank_zero_warn(f"{skipped} unreadable training clips were skipped in this epoch")
 
     def _epoch(self) -> int:
         # Lightning replaces the sampler where it is told to overfit some batches.

@@ -90,6 +90,12 @@ def test_a_sound_without_samples_is_named(tmp_path):
         load_audio(tmp_path / "empty.wav", seconds=1)
 
 
+def test_samples_that_are_not_finite_are_named(tmp_path):
+    soundfile.write(tmp_path / "loud.wav", np.array([0.0, np.inf, 0.5]), 8000, subtype="FLOAT")
+    with pytest.raises(MediaError, match=r"loud\.wav.*NaN or infinite"):
+        load_audio(tmp_path / "loud.wav")
+
+
 def masked_cells(masks: str, shape: tuple[int, int], width: int = 10, draws: int = 200) -> torch.Tensor:
     """Which cells each of many masks hid, (draws, F, T), of a spectrogram whose mean is 7."""
     torch.manual_seed(0)

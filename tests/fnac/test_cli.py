@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from PIL import Image
 
@@ -79,6 +80,35 @@ def test_unreadable_media_are_named(run, tmp_path, generated):
     (broken / "test" / "frames" / "test_000002.png").unlink()
     with pytest.raises(SystemExit, match=r"test_000002 \(frame\)"):
         run("test", f"--data.root={broken}")
+
+
+def test_training_and_predicting_on_a_folder_as_users_have_it(tmp_path, monkeypatch):
+    """Frames of several formats and sizes, sounds of several rates and lengths, a file that is broken, one missing."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for folder in ("frames", "audio"):
+        (tmp_path / "clips" / folder).mkdir(parents=True)
+    names = [f"clip_{i:06d}" for i in range(12)]
+    forms = [("RGB", "jpg", (90, 50)), ("L", "png", (31, 64)), ("RGBA", "png", (48, 48)), ("CMYK", "jpeg", (33, 57))]
+    for i, name in enumerate(names):
+        mode, suffix, size = forms[i % len(forms)]
+        Image.new(mode, size, int(rng.integers(256))).save(tmp_path / "clips" / "frames" / f"{name}.{suffix}")
+        rate, channels, seconds = [(44_100, 2, 0.5), (8_000, 1, 0.05), (16_000, 1, 3.0)][i % 3]
+        sound = rng.uniform(-1, 1, (round(rate * seconds), channels))
+        soundfile.write(tmp_path / "clips" / "audio" / f"{name}.wav", sound, rate)
+    (tmp_path / "clips" / "audio" / f"{names[3]}.wav").write_bytes(b"RIFF")
+    (tmp_path / "train.csv").write_text("".join(f"{name},7\n" for name in [*names[:9], "clip_lost"]))
+    (tmp_path / "test.txt").write_text("".join(f"{name}\n" for name in names[9:]))
+
+    clips = ["--data.train.root=clips", "--data.train.ids=train.csv", "--data.batch_size=3", *DATA[1:]]
+    with pytest.raises(SystemExit, match=r"clips lack files: clip_lost \(frame and sound\)"):
+        main(["fit", *clips, *MODEL, *QUIET])
+    with pytest.warns(UserWarning, match="1 unreadable training clips were skipped"):
+        main(["fit", *clips, *MODEL, *QUIET, "--data.on_bad_clip=skip", "--trainer.max_epochs=1"])
+    (last,) = tmp_path.glob("runs/*/version_*/checkpoints/last.ckpt")
+    tested = ["--data.test.root=clips", "--data.test.ids=test.txt", *DATA, *QUIET, f"--ckpt_path={last}"]
+    main(["predict", *tested, "--predictions.output_dir=maps"])
+    assert sorted(path.stem for path in (tmp_path / "maps").glob("*.npy")) == names[9:]
 
 
 @pytest.mark.parametrize("content", ["hello, this is no checkpoint", "", None, {"model": {"weight": torch.zeros(1)}}])

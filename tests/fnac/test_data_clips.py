@@ -77,6 +77,15 @@ def test_oblong_frames_of_other_modes_are_cropped_in_training_and_squared_in_eva
         assert {clips[i]["image"].shape for i in range(3)} == {(3, 32, 32)}
 
 
+@pytest.mark.parametrize("high", [np.uint8, np.uint16])
+def test_grey_frames_keep_their_brightness_at_any_depth(root, tmp_path, high):
+    folder = shutil.copytree(root / "test", tmp_path / "test")
+    pixels = np.full((40, 40), np.iinfo(high).max // 2, dtype=high)
+    Image.fromarray(pixels).save(folder / "frames" / "test_000000.png")
+    red = ClipDataset(ClipFolder(str(folder)), **SMALL)[0]["image"][0]
+    assert red.mean() == pytest.approx((127 / 255 - 0.485) / 0.229, abs=1e-4)
+
+
 def test_what_varies_depends_on_seed_epoch_and_index_alone(root):
     clips = dataset(root, "train", augmentation=Augmentation(), seed=5)
     first = clips[2, 3]
