@@ -25,15 +25,9 @@ def info() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             **_native.cpu_features(),
         },
-        "cuda": {
-            "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-            **_native.cuda_features(),
-        },
+        "cuda": _native.cuda_features(),
         "backends": _dispatch.explain(),
-        "automatic": {
-            device: next((name for name in names if _dispatch.BACKENDS[name].problem is None), _dispatch.REFERENCE)
-            for device, names in _dispatch.PREFERENCE.items()
-        },
+        "automatic": {device: _dispatch.automatic(device) or _dispatch.REFERENCE for device in _dispatch.PREFERENCE},
     }
 
 
