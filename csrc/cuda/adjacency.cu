@@ -1,5 +1,5 @@
-// The contrastive and adjacency terms: rows_kernel, a warp for each row of a panel, makes the row's statistics and
-// its shares of the terms; means_kernel adds the shares up.
+// The contrastive and adjacency terms: rows_kernel, a warp for each row of a panel, makes the row's
+// statistics and its shares of the terms; means_kernel adds the shares up.
 #include "cuda/adjacency.cuh"
 #include "cuda/sums.cuh"
 
@@ -59,10 +59,18 @@ struct Distance {
 FNAC_KERNEL(kThreads, 4)
 rows_kernel(const RowsArguments job) {
     const int lane = thread_index() % kWarpSize;
-    const int64_t row = block_x() * kWarps + thread_index() / kWarpSize, n = job.panel.row0 + row, size = job.n;
+    const int64_t row = block_x() * kWarps + thread_index() / kWarpSize, n = job.panel.row0 + row,
+                  size = job.n;
     if (row >= job.panel.rows) return;
     const Needs& needs = job.needs;
-    const auto row_of = [&](const float* matrix) { return matrix == nullptr ? nullptr : matrix + row * size; };
+    // A lane comes back to its own elements only, so it may add up their parts beforehand.
+    const auto row_of = [&](float* matrix) -> const float* {
+        if (matrix == nullptr) return nullptr;
+        float* elements = matrix + row * size;
+        if (job.panel.parts > 1)
+            for (int64_t m = lane; m < size; m += kWarpSize) elements[m] = job.panel.sum(elements + m);
+        return elements;
+    };
     const float *a = row_of(job.panel.a), *f = row_of(job.panel.f), *i = row_of(job.panel.i);
     const float* l = job.logits + n * size;
     const auto of = [](const float* x) { return [x](int64_t m) { return x[m]; }; };
@@ -150,7 +158,7 @@ means_kernel(const MeansArguments job) {
 }  // namespace
 
 int64_t workspace_bytes(const Adjacency& job) {
-    return panel_bytes(job.inputs) + job.inputs.n * 4 * static_cast<int64_t>(sizeof(float));
+    return PanelPlan(job.inputs).bytes() + job.inputs.n * 4 * static_cast<int64_t>(sizeof(float));
 }
 
 void run(const Adjacency& job, const Launch& where) {
@@ -159,14 +167,15 @@ void run(const Adjacency& job, const Launch& where) {
     const int64_t n = inputs.n;
     float* row_terms = static_cast<float*>(where.workspace);
     for_panels(inputs, row_terms + n * 4, where, [&](const Panel& panel) {
-        launch(rows_kernel, {"rows_kernel", panel.rows, n, inputs.c, 1}, {ceil_div(panel.rows, kWarps)}, kThreads, 0,
-               where,
-               RowsArguments{inputs.logits, panel, n, Needs(inputs), inputs.threshold * inputs.scale, job.row_stats,
-                             job.col_lse, row_terms});
+        launch(rows_kernel, {"rows_kernel", panel.rows, n, inputs.c, 1}, {ceil_div(panel.rows, kWarps)},
+               kThreads, 0, where,
+               RowsArguments{inputs.logits, panel, n, Needs(inputs), inputs.threshold * inputs.scale,
+                             job.row_stats, job.col_lse, row_terms});
     });
     const double* w = inputs.weights;
-    launch(means_kernel, {"means_kernel", n, n, inputs.c, 1}, {1}, kMeansThreads, 4 * kMeansThreads * sizeof(double),
-           where, MeansArguments{row_terms, n, {w[0], w[1], w[2], w[3]}, job.loss, job.terms});
+    launch(means_kernel, {"means_kernel", n, n, inputs.c, 1}, {1}, kMeansThreads,
+           4 * kMeansThreads * sizeof(double), where,
+           MeansArguments{row_terms, n, {w[0], w[1], w[2], w[3]}, job.loss, job.terms});
 }
 
 }  // namespace fnac::cuda

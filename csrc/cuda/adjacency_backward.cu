@@ -1,6 +1,6 @@
-// The gradients of the adjacency terms: gradient_kernel writes dL and turns a panel of A, F and I into dA + dA',
-// dF + dF' and dI + dI', which are symmetric as they are, so a row of the transposed softmax needs only the other
-// rows' statistics; their products with the features are the features' gradients.
+// The gradients of the adjacency terms: gradient_kernel writes dL and turns a panel of A, F and I into dA +
+// dA', dF + dF' and dI + dI', which are symmetric as they are, so a row of the transposed softmax needs only
+// the other rows' statistics; their products with the features are the features' gradients.
 #include "cuda/adjacency.cuh"
 
 namespace fnac::cuda {
@@ -66,7 +66,7 @@ gradient_kernel(const GradientArguments job) {
         const int64_t n = job.panel.row0 + row0 + r, at = (row0 + r) * size + m;
         const Side row{job.row_stats + n * kRowStats};
         const float logit = job.logits[n * size + m], logit_t = transposed[lane * kPitch + r];
-        const float a = needs.a ? job.panel.a[at] : 0.f;
+        const float a = needs.a ? job.panel.sum(job.panel.a + at) : 0.f;
         float pa = 0.f, pat = 0.f, pl = 0.f, plt = 0.f, da = 0.f, dl = 0.f;
         if (needs.s1 || needs.s2) pa = row.softmax(a, kLseA), pat = column.softmax(a, kLseA);
         if (needs.s1 || needs.s3) pl = row.softmax(logit, kLseL), plt = column.softmax(logit_t, kLseL);
@@ -76,13 +76,15 @@ gradient_kernel(const GradientArguments job) {
             dl = g1 * (row.stats[kS1L] - s);
         }
         if (needs.s2) {
-            const float f = job.panel.f[at], pf = row.softmax(f, kLseF), pft = column.softmax(f, kLseF);
+            const float f = job.panel.sum(job.panel.f + at), pf = row.softmax(f, kLseF),
+                        pft = column.softmax(f, kLseF);
             const float s = sign(pa - pf), st = sign(pat - pft);
             da += g2 * (pa * (s - row.stats[kS2A]) + pat * (st - column.stats[kS2A]));
             job.panel.f[at] = -g2 * share * (pf * (s - row.stats[kS2F]) + pft * (st - column.stats[kS2F]));
         }
         if (needs.s3) {
-            const float i = job.panel.i[at], pi = row.softmax(i, kLseI), pit = column.softmax(i, kLseI);
+            const float i = job.panel.sum(job.panel.i + at), pi = row.softmax(i, kLseI),
+                        pit = column.softmax(i, kLseI);
             const float s = sign(pi - pl), st = sign(pit - plt);
             dl += g3 * (row.stats[kS3L] - s);
             job.panel.i[at] = g3 * share * (pi * (s - row.stats[kS3I]) + pit * (st - column.stats[kS3I]));
@@ -100,7 +102,7 @@ gradient_kernel(const GradientArguments job) {
 
 }  // namespace
 
-int64_t workspace_bytes(const AdjacencyBackward& job) { return panel_bytes(job.inputs); }
+int64_t workspace_bytes(const AdjacencyBackward& job) { return PanelPlan(job.inputs).bytes(); }
 
 void run(const AdjacencyBackward& job, const Launch& where) {
     const DeviceGuard guard(where);

@@ -46,15 +46,18 @@ std::string problem(int device) {
         status = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     if (status != cudaSuccess) {
         cudaGetLastError();  // or the next call would report it again
-        const std::string has = driver == 0 ? "there is no driver" : "the driver is for CUDA " + version(driver);
-        return "CUDA device " + std::to_string(device) + " cannot be used (" + cudaGetErrorName(status) + ", " +
-               cudaGetErrorString(status) + "): " + has + ", this build needs CUDA " + version(runtime);
+        const std::string has =
+            driver == 0 ? "there is no driver" : "the driver is for CUDA " + version(driver);
+        return "CUDA device " + std::to_string(device) + " cannot be used (" + cudaGetErrorName(status) +
+               ", " + cudaGetErrorString(status) + "): " + has + ", this build needs CUDA " +
+               version(runtime);
     }
     for (const std::string& architecture : architectures())
         if (serves(architecture, major, minor)) return "";
     const std::string number = std::to_string(10 * major + minor);
     return "CUDA device " + std::to_string(device) + " is sm_" + number + ", this build has " +
-           FNAC_CUDA_ARCHITECTURES + "; rebuild for it: CMAKE_CUDA_ARCHITECTURES=" + number + " pip install -e .";
+           FNAC_CUDA_ARCHITECTURES + "; rebuild for it: CMAKE_CUDA_ARCHITECTURES=" + number +
+           " pip install -e .";
 }
 
 #endif

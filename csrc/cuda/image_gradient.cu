@@ -1,12 +1,14 @@
-// dImg: a block owns 128 channels of at most 64 cells of an image, and every gradient of theirs meets in one write.
+// dImg: a block owns 128 channels of at most 64 cells of an image, and every gradient of theirs meets in one
+// write.
 //
-// The sounds of the image are sorted by the cell that they chose (a counting sort, stable, so that the order of the
-// sums is that of the sounds). Each warp then takes an equal share of the sorted list, however the sounds crowd on a
-// cell, sums rows of sounds in registers and adds a cell's sum to the block's tile in shared memory once. A
-// share may begin within a cell: that first sum is kept apart and added afterwards, in the order of the shares.
+// The sounds of the image are sorted by the cell that they chose (a counting sort, stable, so that the order
+// of the sums is that of the sounds). Each warp then takes an equal share of the sorted list, however the
+// sounds crowd on a cell, sums rows of sounds in registers and adds a cell's sum to the block's tile in
+// shared memory once. A share may begin within a cell: that first sum is kept apart and added afterwards, in
+// the order of the shares.
 //
-// Traffic at B = 4096, 512 channels in 16 bits: N M C reads of sounds (17 GB) from L2, which holds all of them, and
-// one write of dImg; the sort reads argmax and gradient of a pair once for each 128 channels.
+// Traffic at B = 4096, 512 channels in 16 bits: N M C reads of sounds (17 GB) from L2, which holds all of
+// them, and one write of dImg; the sort reads argmax and gradient of a pair once for each 128 channels.
 #include "cuda/feature_backward.cuh"
 
 namespace fnac::cuda {
@@ -75,8 +77,8 @@ FNAC_DEVICE void accumulate(Float4& sum, float weight, Float4 x) {
     sum.w = multiply_add(weight, x.w, sum.w);
 }
 
-// Calls body(sound, cell, lanes of the warp at the same cell) for the warp's share of sounds m0..m1, in order, with
-// all lanes: cell is -1 where there is no sound or its cell is not the block's.
+// Calls body(sound, cell, lanes of the warp at the same cell) for the warp's share of sounds m0..m1, in
+// order, with all lanes: cell is -1 where there is no sound or its cell is not the block's.
 template <class Body>
 FNAC_DEVICE void for_own_sounds(const uint16_t* argmax, int64_t m0, int64_t m1, int first_cell, int cells,
                                 const Body& body) {
@@ -92,8 +94,8 @@ FNAC_DEVICE void for_own_sounds(const uint16_t* argmax, int64_t m0, int64_t m1, 
 }
 
 // Fills sorted and begins.
-FNAC_DEVICE void sort_sounds(Shared& shared, const uint16_t* argmax, const float* gradients, int64_t m0, int64_t m1,
-                             int first_cell, int cells) {
+FNAC_DEVICE void sort_sounds(Shared& shared, const uint16_t* argmax, const float* gradients, int64_t m0,
+                             int64_t m1, int first_cell, int cells) {
     const int thread = thread_index(), warp = thread / kWarpSize, lane = thread % kWarpSize;
     for (int i = lane; i < kCells; i += kWarpSize) shared.offsets[warp][i] = 0;
     warp_barrier();
@@ -121,8 +123,8 @@ FNAC_DEVICE void sort_sounds(Shared& shared, const uint16_t* argmax, const float
     for_own_sounds(argmax, m0, m1, first_cell, cells, [&](int64_t m, int cell, uint32_t same) {
         if (cell >= 0) {
             const int rank = count_bits(same & ((1u << lane) - 1));
-            shared.sorted[shared.begins[cell] + shared.offsets[warp][cell] + rank] = {gradients[m],
-                                                                                     static_cast<int>(m - m0)};
+            shared.sorted[shared.begins[cell] + shared.offsets[warp][cell] + rank] = {
+                gradients[m], static_cast<int>(m - m0)};
         }
         warp_barrier();
         if (cell >= 0 && lane == lowest_bit(same)) shared.offsets[warp][cell] += count_bits(same);
@@ -185,7 +187,8 @@ image_gradient_kernel(const ImageGradientArguments job) {
         block_barrier();
         for (int64_t m0 = 0; m0 < job.m; m0 += kSounds) {
             const int64_t m1 = m0 + kSounds < job.m ? m0 + kSounds : job.m;
-            sort_sounds(shared, job.argmax + n * job.m, job.grad_logits + n * job.m, m0, m1, first_cell, cells);
+            sort_sounds(shared, job.argmax + n * job.m, job.grad_logits + n * job.m, m0, m1, first_cell,
+                        cells);
             add_sounds(shared, aud + m0 * job.c, first_channel, job.c, job.aligned);
         }
     }

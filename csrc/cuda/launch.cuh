@@ -111,9 +111,11 @@ void launch(void (*kernel)(Arguments), const Shape& shape, const Grid& grid, int
               shape);
     const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
                       static_cast<unsigned>(grid.z));
-    kernel<<<blocks, threads, static_cast<size_t>(shared), static_cast<cudaStream_t>(where.stream)>>>(
-        arguments);
-    check(cudaGetLastError(), shape);
+    void* pointers[] = {const_cast<Arguments*>(&arguments)};
+    check(
+        cudaLaunchKernel(reinterpret_cast<const void*>(kernel), blocks, dim3(static_cast<unsigned>(threads)),
+                         pointers, static_cast<size_t>(shared), static_cast<cudaStream_t>(where.stream)),
+        shape);
 }
 
 #endif

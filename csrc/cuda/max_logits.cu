@@ -1,12 +1,11 @@
-// Max-pooled logits: a block multiplies some sounds with a tile of 64 cells of each of two images, and its lanes
-// keep maximum and first argmax of their columns in registers; nothing of the similarities leaves the chip.
+// Max-pooled logits: a block multiplies some sounds with a tile of 64 cells of each of two images, and its
+// lanes keep maximum and first argmax of their columns in registers; nothing of the similarities leaves the
+// chip.
 //
-// Cells are cut into equal tiles of at most 64, 196 = 4 x 49, of which the tensor cores compute whole groups of
-// eight: 49 cells cost 56. The channels pass in stages, three in flight, across the tiles without a pause. Sounds
-// and channels_last cells come by asynchronous copies; cells of NCHW are loaded into registers a stage ahead and
-// stored transposed, because an odd number of cells leaves no alignment to copy by.
-#include <type_traits>
-
+// Cells are cut into equal tiles of at most 64, 196 = 4 x 49, of which the tensor cores compute whole groups
+// of eight: 49 cells cost 56. The channels pass in stages, three in flight, across the tiles without a pause.
+// Sounds and channels_last cells come by asynchronous copies; cells of NCHW are loaded into registers a stage
+// ahead and stored transposed, because an odd number of cells leaves no alignment to copy by.
 #include "cuda/launch.cuh"
 #include "cuda/tile.cuh"
 
@@ -40,15 +39,20 @@ class Operands {
     static constexpr int kSounds = kWarps * kTile;
     static constexpr int kStageBytes = (kSounds + kImages * kTile) * kRowBytes;
 
-    FNAC_DEVICE Operands(const MaxLogitsArguments& job, int64_t n0, int64_t m0) : job_(job), n0_(n0), m0_(m0) {}
+    FNAC_DEVICE Operands(const MaxLogitsArguments& job, int64_t n0, int64_t m0)
+        : job_(job), n0_(n0), m0_(m0) {}
 
     FNAC_DEVICE static char* sounds(int stage) { return shared_memory() + stage % kStages * kStageBytes; }
     FNAC_DEVICE static char* cells(int stage) { return sounds(stage) + kSounds * kRowBytes; }
 
-    // Starts a stage of a tile: its channels from c on.
-    FNAC_DEVICE void begin(int stage, int tile, int c) {
+    // A stage's operands are on their way in two halves, each during half of the products of an earlier
+    // stage: all cells at once would take too many registers.
+    static constexpr int kHalves = 2;
+
+    // Starts half of a stage of a tile, its channels from c on.
+    FNAC_DEVICE void begin(int half, int stage, int tile, int c) {
         const T* aud = static_cast<const T*>(job_.aud);
-        for (int i = thread_index(); i < kSounds * kChunks; i += kThreads) {
+        for (int i = half * kThreads + thread_index(); i < kSounds * kChunks; i += kHalves * kThreads) {
             const int row = i / kChunks, chunk = i % kChunks;
             const bool read = m0_ + row < job_.m;
             copy_chunk(chunk_of(sounds(stage), row, chunk), aud + (read ? m0_ + row : 0) * job_.c, read,
@@ -56,7 +60,7 @@ class Operands {
         }
 #pragma unroll
         for (int k = 0; k < kParts; ++k) {
-            const Part part = part_of(k);
+            const Part part = part_of(half, k);
             bool read;
             const T* cell = find(tile, part.row, read);
             if constexpr (kPlanes) {
@@ -68,24 +72,24 @@ class Operands {
         }
     }
 
-    FNAC_DEVICE void finish(int stage) const {
+    FNAC_DEVICE void finish(int half, int stage) const {
         if constexpr (kPlanes) {
 #pragma unroll
             for (int k = 0; k < kParts; ++k) {
-                const Part part = part_of(k);
+                const Part part = part_of(half, k);
                 chunks_[k].store(chunk_of(cells(stage), part.row, part.chunk));
             }
         }
     }
 
   private:
-    static constexpr int kParts = kImages * kTile * kChunks / kThreads;
+    static constexpr int kParts = kImages * kTile * kChunks / kThreads / kHalves;
     struct Part {
         int row, chunk;
     };
     // A thread's k-th chunk: neighbouring lanes take neighbouring addresses of memory.
-    FNAC_DEVICE static Part part_of(int k) {
-        const int i = k * kThreads + thread_index();
+    FNAC_DEVICE static Part part_of(int half, int k) {
+        const int i = (half * kParts + k) * kThreads + thread_index();
         if constexpr (kPlanes) return {i % (kImages * kTile), i / (kImages * kTile)};
         return {i / kChunks, i % kChunks};
     }
@@ -148,7 +152,7 @@ struct Best {
 };
 
 template <class Tile, class T, bool kPlanes, int kWarps>
-FNAC_KERNEL(kWarps* kImages* kWarpSize, 4 / kWarps)
+FNAC_KERNEL(kWarps * kImages * kWarpSize, 4 / kWarps)
 max_logits_kernel(const MaxLogitsArguments job) {
     const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
     const int64_t n0 = block_x() / job.sound_blocks * kImages;
@@ -159,9 +163,9 @@ max_logits_kernel(const MaxLogitsArguments job) {
     Operands<T, kPlanes, kWarps> operands(job, n0, m0);
     const int depth = (job.c + kDepth<T> - 1) / kDepth<T>, stages = depth * job.tiles;
     for (int stage = 0; stage < kStages - 1; ++stage) {
-        if (stage < stages) {
-            operands.begin(stage, stage / depth, stage % depth * kDepth<T>);
-            operands.finish(stage);
+        for (int half = 0; half < operands.kHalves && stage < stages; ++half) {
+            operands.begin(half, stage, stage / depth, stage % depth * kDepth<T>);
+            operands.finish(half, stage);
         }
         copy_commit();
     }
@@ -178,12 +182,15 @@ max_logits_kernel(const MaxLogitsArguments job) {
             block_barrier();
             // The stage that is filled now was read before the barrier.
             const int next = stage + kStages - 1;
-            if (next < stages) operands.begin(next, next / depth, next % depth * kDepth<T>);
+#pragma unroll
+            for (int half = 0; half < operands.kHalves; ++half) {
+                if (next < stages) operands.begin(half, next, next / depth, next % depth * kDepth<T>);
+                if (busy)
+                    tile.add(operands.sounds(stage) + warp / kImages * kTile * kRowBytes,
+                             operands.cells(stage) + warp % kImages * kTile * kRowBytes, half, cells, lane);
+                if (next < stages) operands.finish(half, next);
+            }
             copy_commit();
-            if (busy)
-                tile.add(operands.sounds(stage) + warp / kImages * kTile * kRowBytes,
-                         operands.cells(stage) + warp % kImages * kTile * kRowBytes, cells, lane);
-            if (next < stages) operands.finish(next);
         }
         if (busy) best.add(tile, first, cells, lane);
     }
@@ -211,14 +218,13 @@ void start(MaxLogitsArguments arguments, const Launch& where) {
 
 template <class Tile, class T>
 void start(const MaxLogitsArguments& arguments, const Launch& where) {
-    // With few sounds smaller blocks, two of them on a multiprocessor: where the registers allow it, which
-    // they do not for exact products of cells that wait in registers.
+    // With few sounds smaller blocks, two of them on a multiprocessor; where the registers allow it, which
+    // they do not for float32 cells of NCHW.
+    constexpr bool kHasSmallPlanes = sizeof(T) == 2;
     const bool planes = arguments.stride_p == 1, many = arguments.m > 2 * kTile;
-    if (planes) {
-        if constexpr (!std::is_same_v<Tile, PlainTile>)
-            if (!many) return start<Tile, T, true, 2>(arguments, where);
-        return start<Tile, T, true, 4>(arguments, where);
-    }
+    if constexpr (kHasSmallPlanes)
+        if (planes && !many) return start<Tile, T, true, 2>(arguments, where);
+    if (planes) return start<Tile, T, true, 4>(arguments, where);
     if (many) return start<Tile, T, false, 4>(arguments, where);
     return start<Tile, T, false, 2>(arguments, where);
 }

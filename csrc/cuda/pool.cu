@@ -1,6 +1,6 @@
 // Localization maps, foreground masks and pooled features: map_kernel makes a tile of cells' maps, then
-// cell_sums_kernel reads the features once more, mostly from L2, and sums them over the cells. Two kernels and not one,
-// so that few images with large maps fill the machine as well.
+// cell_sums_kernel reads the features once more, mostly from L2, and sums them over the cells. Two kernels
+// and not one, so that few images with large maps fill the machine as well.
 //
 // Lanes go along whatever lies contiguous in memory, cells of NCHW or channels of channels_last.
 #include "cuda/cell_sums.cuh"
@@ -26,7 +26,7 @@ struct MapArguments {
 // NCHW: each warp sums a share of the channels of 32 cells, shared memory brings the shares together.
 // channels_last: each warp makes the maps of four cells, one after the other.
 template <class T>
-FNAC_KERNEL(kThreads, 4)
+FNAC_KERNEL(kThreads, 3)
 map_kernel(const MapArguments job) {
     const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
     const int64_t n = block_x() / job.blocks;
@@ -95,8 +95,8 @@ FNAC_DEVICE Range range(const float* map, int p, float* shared) {
     return {low, high};
 }
 
-// NCHW: a warp sums eight channels, lanes along the cells. channels_last: a warp sums a share of the cells, a lane two
-// channels, and shared memory brings the shares together.
+// NCHW: a warp sums eight channels, lanes along the cells. channels_last: a warp sums a share of the cells, a
+// lane two channels, and shared memory brings the shares together.
 template <class T>
 FNAC_KERNEL(kThreads, 2)
 cell_sums_kernel(const CellSumsArguments arguments) {
@@ -111,8 +111,8 @@ cell_sums_kernel(const CellSumsArguments arguments) {
 
     Range bounds{0.f, 0.f};
     if (job.as_mask) bounds = range(map, cells, shared);
-    // With weight 0 a product and not a skipped cell, so that a NaN in the background reaches the sum as it does in
-    // PyTorch; comparisons with a NaN are false.
+    // With weight 0 a product and not a skipped cell, so that a NaN in the background reaches the sum as it
+    // does in PyTorch; comparisons with a NaN are false.
     const auto weight = [&](int p) {
         if (!job.as_mask) return map[p];
         return (map[p] - bounds.low) / (bounds.high - bounds.low + kMinMaxEps) > job.threshold ? 1.f : 0.f;
@@ -181,8 +181,9 @@ void sum_cells(const CellSums& job, const Launch& where) {
     const FeatureMap& img = job.img;
     const int64_t blocks = ceil_div(img.c, kChannels);
     with_dtype(img.dtype, [&]<class T>(T) {
-        launch(cell_sums_kernel<T>, {"cell_sums_kernel", img.n, img.n, img.c, img.p}, {img.n * blocks}, kThreads,
-               2 * kWarps * kChannels * sizeof(float), where, CellSumsArguments{job, static_cast<int>(blocks)});
+        launch(cell_sums_kernel<T>, {"cell_sums_kernel", img.n, img.n, img.c, img.p}, {img.n * blocks},
+               kThreads, 2 * kWarps * kChannels * sizeof(float), where,
+               CellSumsArguments{job, static_cast<int>(blocks)});
     });
 }
 
@@ -193,15 +194,9 @@ void run(const Pool& job, const Launch& where) {
     const FeatureMap& img = job.img;
     if (job.aud != nullptr) {
         const int64_t blocks = ceil_div(img.p, kWarpSize);
-        const MapArguments arguments{img.data,
-                                     job.aud,
-                                     job.maps,
-                                     static_cast<int>(img.c),
-                                     static_cast<int>(img.p),
-                                     img.stride_c,
-                                     img.stride_p,
-                                     job.scale,
-                                     static_cast<int>(blocks)};
+        const MapArguments arguments{
+            img.data,     job.aud,      job.maps,  static_cast<int>(img.c), static_cast<int>(img.p),
+            img.stride_c, img.stride_p, job.scale, static_cast<int>(blocks)};
         with_dtype(img.dtype, [&]<class T>(T) {
             launch(map_kernel<T>, {"map_kernel", img.n, img.n, img.c, img.p}, {img.n * blocks}, kThreads,
                    kThreads * sizeof(float), where, arguments);

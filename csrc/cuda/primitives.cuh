@@ -147,9 +147,9 @@ FNAC_DEVICE uint32_t operand<TensorFloat32>(uint32_t word) {
     return rounded;
 }
 
-#define FNAC_MMA(instruction)                                                                          \
-    asm volatile(instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"        \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                      \
+#define FNAC_MMA(instruction)                                                                   \
+    asm volatile(instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                               \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
 
 // d += a b on the tensor cores: a is 16 rows by 32 bytes, b 32 bytes by 8 columns, in the layout of PTX's

@@ -1,7 +1,7 @@
-// The multiplier: 64 rows (sounds) by 64 columns (cells) of products a warp, in registers, summed over the channels
-// in float32. Two kinds share an interface: TensorTile multiplies 16-bit or TensorFloat32 operands on the tensor
-// cores, PlainTile multiplies float32 exactly. A lane owns kRows rows by kColumns columns; the other columns of its
-// rows are with the lanes that differ from it in the low bits of kLanes.
+// The multiplier: 64 rows (sounds) by 64 columns (cells) of products a warp, in registers, summed over the
+// channels in float32. Two kinds share an interface: TensorTile multiplies 16-bit or TensorFloat32 operands
+// on the tensor cores, PlainTile multiplies float32 exactly. A lane owns kRows rows by kColumns columns; the
+// other columns of its rows are with the lanes that differ from it in the low bits of kLanes.
 #pragma once
 
 #include "cuda/stage.cuh"
@@ -28,30 +28,28 @@ struct TensorTile {
                 for (float& sum : block) sum = 0.f;
     }
 
-    // Adds a stage's products. Of the columns only the first `columns` are wanted.
-    FNAC_DEVICE void add(char* rows, char* cells, int columns, int lane) {
+    // Adds the products of half of a stage. Of the columns only the first `columns` are wanted.
+    FNAC_DEVICE void add(char* rows, char* cells, int half, int columns, int lane) {
+        const int first = half * 2;  // of the half's chunks
+        uint32_t a[4][4];
 #pragma unroll
-        for (int step = 0; step < kChunks; step += 2) {
-            uint32_t a[4][4];
+        for (int i = 0; i < 4; ++i) {
+            load_matrices(a[i], chunk_of(rows, i * 16 + lane % 16, first + lane / 16));
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                load_matrices(a[i], chunk_of(rows, i * 16 + lane % 16, step + lane / 16));
+            for (uint32_t& word : a[i]) word = operand<Type>(word);
+        }
 #pragma unroll
-                for (uint32_t& word : a[i]) word = operand<Type>(word);
-            }
+        for (int pair = 0; pair < 4; ++pair) {
+            if (pair * 16 >= columns) break;
+            uint32_t b[4];
+            load_matrices(b, chunk_of(cells, pair * 16 + lane / 16 * 8 + lane % 8, first + lane / 8 % 2));
 #pragma unroll
-            for (int pair = 0; pair < 4; ++pair) {
-                if (pair * 16 >= columns) break;
-                uint32_t b[4];
-                load_matrices(b, chunk_of(cells, pair * 16 + lane / 16 * 8 + lane % 8, step + lane / 8 % 2));
+            for (uint32_t& word : b) word = operand<Type>(word);
 #pragma unroll
-                for (uint32_t& word : b) word = operand<Type>(word);
+            for (int i = 0; i < 4; ++i) multiply(Type{}, sums[i][2 * pair], a[i], b[0], b[1]);
+            if (pair * 16 + 8 >= columns) break;
 #pragma unroll
-                for (int i = 0; i < 4; ++i) multiply(Type{}, sums[i][2 * pair], a[i], b[0], b[1]);
-                if (pair * 16 + 8 >= columns) break;
-#pragma unroll
-                for (int i = 0; i < 4; ++i) multiply(Type{}, sums[i][2 * pair + 1], a[i], b[2], b[3]);
-            }
+            for (int i = 0; i < 4; ++i) multiply(Type{}, sums[i][2 * pair + 1], a[i], b[2], b[3]);
         }
     }
 };
@@ -71,9 +69,9 @@ struct PlainTile {
             for (float& sum : row) sum = 0.f;
     }
 
-    FNAC_DEVICE void add(char* rows, char* cells, int columns, int lane) {
+    FNAC_DEVICE void add(char* rows, char* cells, int half, int columns, int lane) {
 #pragma unroll 1
-        for (int chunk = 0; chunk < kChunks; ++chunk) {
+        for (int chunk = 2 * half; chunk < 2 * half + 2; ++chunk) {
             Float4 b[kColumns];
 #pragma unroll
             for (int j = 0; j < kColumns; ++j)

@@ -1,6 +1,7 @@
 #include "emulation.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <deque>
 #include <memory>
@@ -14,7 +15,8 @@ namespace {
 
 constexpr int kWarpSize = 32;
 constexpr int kMaxThreads = 1024;
-constexpr int64_t kMaxShared = 99 * 1024;  // what the smallest of the chips aimed at has (sm_86, sm_89, sm_120)
+constexpr int64_t kMaxShared =
+    99 * 1024;  // what the smallest of the chips aimed at has (sm_86, sm_89, sm_120)
 
 struct Copy {
     void* to;
@@ -129,7 +131,8 @@ void run_block(const std::function<void()>& body, Order& order) {
         }
     }
     if (std::any_of(block.thread.begin(), end, is_running))
-        throw std::runtime_error("threads wait at a barrier or an operation of their warp that others never reach");
+        throw std::runtime_error(
+            "threads wait at a barrier or an operation of their warp that others never reach");
 }
 
 }  // namespace
@@ -194,10 +197,13 @@ void run_grid(const std::string& name, const Index& grid, int threads, int64_t s
     if (threads < kWarpSize || threads > kMaxThreads || threads % kWarpSize != 0 || shared > kMaxShared ||
         grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
         throw std::runtime_error(name + ": its launch is beyond the device's limits");
+    if (std::getenv("FNAC_CUDA_EMULATION_TRACE") != nullptr)
+        std::fprintf(stderr, "launch %s\n", name.c_str());
     Order order;
     block.threads = threads;
     block.warps.resize(threads / kWarpSize);
-    while (static_cast<int>(block.thread.size()) < threads) block.thread.push_back(std::make_unique<Thread>());
+    while (static_cast<int>(block.thread.size()) < threads)
+        block.thread.push_back(std::make_unique<Thread>());
     for (block.index.z = 0; block.index.z < grid.z; ++block.index.z)
         for (block.index.y = 0; block.index.y < grid.y; ++block.index.y)
             for (block.index.x = 0; block.index.x < grid.x; ++block.index.x) {

@@ -1,16 +1,18 @@
 // The host's implementation of csrc/cuda/primitives.cuh and launch.cuh: the kernels run block by block, each
 // thread a fiber. What makes it a test and not only a way to run:
 //
-// - Shared memory is a fresh allocation of exactly the bytes asked for, filled with NaN: what is read before it
+// - Shared memory is a fresh allocation of exactly the bytes asked for, filled with NaN: what is read before
+// it
 //   is written shows, and AddressSanitizer sees what is read or written outside of it.
-// - Warps run one after the other, each as far as the next block barrier, and lanes one after the other as far as
-//   the next operation of the warp. FNAC_CUDA_EMULATION_ORDER (forward, reverse, random) says in which order: where
-//   a barrier is missing, some order reads too early or overwrites too early.
+// - Warps run one after the other, each as far as the next block barrier, and lanes one after the other as
+// far as
+//   the next operation of the warp. FNAC_CUDA_EMULATION_ORDER (forward, reverse, random) says in which order:
+//   where a barrier is missing, some order reads too early or overwrites too early.
 // - Asynchronous copies land when they are waited for, and not earlier.
-// - An operation of a warp that not all of its lanes reach, or a barrier that not all threads reach, is an error.
+// - FNAC_CUDA_EMULATION_TRACE, if set, prints every launch to standard error.
+// - An operation of a warp that not all of its lanes reach, or a barrier that not all threads reach, is an
+// error.
 #pragma once
-
-#include "cuda/primitives.cuh"
 
 #include <bit>
 #include <cmath>
@@ -19,6 +21,8 @@
 #include <functional>
 #include <stdexcept>
 #include <string>
+
+#include "cuda/primitives.cuh"
 
 #define FNAC_DEVICE inline
 #define FNAC_KERNEL(threads, blocks) inline void
