@@ -75,7 +75,7 @@ assert not problems["cuda"] and not problems["triton"], problems'
 
 tests=("$python" -m pytest -q --maxfail=10 -p no:cacheprovider)
 table=tests/test_backends.py
-stage table-cuda 60 "${tests[@]}" $table -k cuda
+stage table-cuda 90 "${tests[@]}" $table -k cuda
 stage device-tests 90 "${tests[@]}" tests/test_gpu.py
 small="cuda and fnac_loss and (17x17c33 or 33x33c48 or 5x5c40 or 19x19c70 or 10x10c24)"
 sanitized=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1) # or tensors lie wall to wall
