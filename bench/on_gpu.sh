@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # on_gpu.sh: everything that needs a CUDA device, within 9 minutes and without network or installation: builds in place,
 # runs the table of samples and the device's own tests on every GPU backend, compute-sanitizer on small samples, and the
-# benchmark. Writes on_gpu.log and gpu-*.json to $OUT (bench/results without it).
+# benchmark. Writes on_gpu.log and the results to $OUT (bench/results/gpu without it), as JSON.
 #
 # Needs python3 (or $PYTHON) with torch, triton, numpy, pytest, setuptools and pybind11; cmake, ninja and a C++20 compiler;
 # nvcc; compute-sanitizer for its stages. A stage that fails or runs out of its time does not stop the next ones; the end
 # names it, and the exit status is then 1. ONLY="build table-cuda" runs those stages alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-out=${OUT:-bench/results}
+out=${OUT:-bench/results/gpu}
 mkdir -p "$out"
 log=$out/on_gpu.log
 python=${PYTHON:-python3}
@@ -83,16 +83,16 @@ stage memcheck 60 "${sanitized[@]}" --tool memcheck "${tests[@]}" $table -k "$sm
 
 bench=("$python" -m bench --device cuda --memory-limit 64 --seconds 1.5)
 stage bench-batch 90 "${bench[@]}" --no-memory --ops fnac_loss --cases b32-7x7 published b1024-7x7 \
-    --dtypes float32 bfloat16 --backends compile triton cuda --out "$out/gpu-1-batch.json"
+    --dtypes float32 bfloat16 --backends compile triton cuda --out "$out/1-batch.json"
 stage bench-large 90 "${bench[@]}" --ops fnac_loss --cases b4096-7x7 b8192-7x7 --dtypes bfloat16 \
-    --backends triton cuda --out "$out/gpu-2-batch-large.json"
+    --backends triton cuda --out "$out/2-batch-large.json"
 
 # Triton compiles each of its many variants first; several processes at once where pytest-xdist is installed.
 if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 6); else workers=(); fi
 stage table-triton 120 "${tests[@]}" "${workers[@]}" $table -k triton
 stage racecheck 60 "${sanitized[@]}" --tool racecheck "${tests[@]}" $table -k "$small"
 stage bench-largest 60 "${bench[@]}" --no-memory --ops max_logits --cases b32768-7x7 --dtypes bfloat16 \
-    --backends triton cuda --out "$out/gpu-3-largest.json"
+    --backends triton cuda --out "$out/3-largest.json"
 stage operators 60 "${tests[@]}" "${workers[@]}" tests/test_ops.py -k "cuda and not compiled"
 
 if ((${#failed[@]})); then
