@@ -22,19 +22,18 @@ COLOURS = ("#999999", "#e69f00", "#56b4e9", "#cc79a7")
 OURS = ("#009e73", "#d55e00", "#0072b2")
 
 
-def names(rows: Sequence[Row], kind: str) -> list[str]:
-    """The pictures that these rows of a kind of device give, without theme and suffix."""
-    return [f"growth-{kind}"] if _curves(rows, "batch", "p50") else []
+def names(rows: Sequence[Row]) -> list[str]:
+    """The pictures that a machine's rows give, without theme and suffix."""
+    return ["growth"] if _curves(rows, "batch", "p50") else []
 
 
 def draw(runs: Sequence[Run], folder: Path) -> None:
-    """Write the pictures of every kind of device among the runs."""
-    for kind in dict.fromkeys(run.machine["kind"] for run in runs):
-        rows = [row for run in runs if run.machine["kind"] == kind for row in run.rows]
-        limit = next((run.settings["memory_limit"] for run in runs if "memory_limit" in run.settings), None)
-        for name in names(rows, kind):
-            for theme, ink in THEMES.items():
-                _figure(rows, limit, ink, folder / f"{name}-{theme}.png")
+    """Write the pictures of a machine's runs."""
+    rows = [row for run in runs for row in run.rows]
+    limit = next((run.settings["memory_limit"] for run in runs if "memory_limit" in run.settings), None)
+    for name in names(rows):
+        for theme, ink in THEMES.items():
+            _figure(rows, limit, ink, folder / f"{name}-{theme}.png")
 
 
 def _curves(rows: Sequence[Row], series: str, field: str) -> dict[str, list[tuple[float, float | None]]]:

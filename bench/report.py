@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from bench import plots
@@ -49,17 +49,22 @@ def _megabytes(size: int | None) -> str:
 # --- README ---------------------------------------------------------------------------------------------------------
 
 
-def section(runs: Sequence[Run]) -> str:
-    """Everything between the markers: per machine its facts, a table per operation and dtype, and the curves."""
-    parts = []
-    for device in dict.fromkeys(run.machine["device"] for run in runs):
-        mine = [run for run in runs if run.machine["device"] == device]
-        rows = sorted((row for run in mine for row in run.rows), key=_place)
-        parts.append(_facts(mine))
-        for op, dtype in dict.fromkeys((row.op, row.dtype) for row in rows):
-            parts.append(_markdown(op, dtype, [row for row in rows if (row.op, row.dtype) == (op, dtype)]))
-        parts += filter(None, [_absent(rows)])
-        parts += [_picture(plot) for plot in plots.names(rows, mine[0].machine["kind"])]
+def section(machines: Mapping[str, Sequence[Run]]) -> str:
+    """Everything between the markers, the machine measured last first; the others are folded."""
+    newest = sorted(machines, key=lambda name: max(run.machine["date"] for run in machines[name]), reverse=True)
+    first, *others = (_machine(name, machines[name]) for name in newest)
+    folded = ("<details><summary>Another machine</summary>\n\n" + text + "\n\n</details>" for text in others)
+    return "\n\n".join((first, *folded))
+
+
+def _machine(name: str, runs: Sequence[Run]) -> str:
+    """A machine's facts, a table per operation and dtype, and the curves."""
+    rows = sorted((row for run in runs for row in run.rows), key=_place)
+    parts = [_facts(runs)]
+    for op, dtype in dict.fromkeys((row.op, row.dtype) for row in rows):
+        parts.append(_markdown(op, dtype, [row for row in rows if (row.op, row.dtype) == (op, dtype)]))
+    parts += filter(None, [_absent(rows)])
+    parts += [_picture(f"{name}/{plot}") for plot in plots.names(rows)]
     return "\n\n".join(parts)
 
 
@@ -149,18 +154,21 @@ def _cells(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _picture(name: str) -> str:
+def _picture(path: str) -> str:
     """GitHub shows the one that fits the reader's theme."""
     folder = DIRECTORY.relative_to(README.parent).as_posix()
     return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{folder}/{name}-dark.png">'
-        f'<img alt="How time and peak memory of the loss grow" src="{folder}/{name}-light.png"></picture>'
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{folder}/{path}-dark.png">'
+        f'<img alt="How time and peak memory of the loss grow" src="{folder}/{path}-light.png"></picture>'
     )
 
 
-def committed() -> list[Run]:
-    """The committed results, in the order of their file names."""
-    return [Run.read(path) for path in sorted(DIRECTORY.glob("*.json"))]
+def read(folder: Path) -> dict[str, list[Run]]:
+    """The results of each machine, a folder each, in the order of the file names."""
+    machines: dict[str, list[Run]] = {}
+    for path in sorted(folder.glob("*/*.json")):
+        machines.setdefault(path.parent.name, []).append(Run.read(path))
+    return machines
 
 
 def with_section(text: str, made: str) -> str:
@@ -174,16 +182,19 @@ def with_section(text: str, made: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
-    parser.add_argument("--results", type=Path, help="print the section of these results instead (a folder of JSON)")
+    parser.add_argument(
+        "--results", type=Path, help="print the section of these results instead: FOLDER/MACHINE/*.json"
+    )
     options = parser.parse_args()
     if options.results:
-        print(section([Run.read(path) for path in sorted(options.results.glob("*.json"))]))
+        print(section(read(options.results)))
         return
-    runs = committed()
+    machines = read(DIRECTORY)
     temporary = README.with_name(README.name + ".tmp")
-    temporary.write_text(with_section(README.read_text(), section(runs)))
+    temporary.write_text(with_section(README.read_text(), section(machines)))
     os.replace(temporary, README)
-    plots.draw(runs, DIRECTORY)
+    for name, runs in machines.items():
+        plots.draw(runs, DIRECTORY / name)
 
 
 if __name__ == "__main__":

@@ -100,5 +100,6 @@ PYBIND11_MODULE(_C, m) {
 #else
     py::module_ cuda = m.def_submodule("cuda");
     bind_cuda(cuda);
+    cuda.attr("compiler") = FNAC_CUDA_COMPILER;
 #endif
 }

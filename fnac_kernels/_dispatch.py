@@ -170,7 +170,7 @@ def select(name: str | None, device: str, dtype: torch.dtype) -> str:
         if device != backend.takes:
             raise ValueError(
                 f"backend {name!r} takes tensors on {backend.takes}, these are on {device}; "
-                f"move them, or use backend={_for_device(device)!r}"
+                f"move them, or use backend={automatic(device) or REFERENCE!r}"
             )
         return name
     if dtype == torch.float64:
@@ -193,7 +193,8 @@ def _for_device(device: str) -> str:
 
 @functools.cache
 def _warn_reference(device: str) -> None:
-    reasons = "; ".join(f"{name}: {BACKENDS[name].problem}" for name in PREFERENCE.get(device, ()))
+    candidates = (BACKENDS[name] for name in PREFERENCE.get(device, ()))
+    reasons = "; ".join(f"{b.name}: {b.problem or f'takes tensors on {b.takes} here'}" for b in candidates)
     warnings.warn(
         f"fnac_kernels runs plain PyTorch on {device} tensors: no compiled backend is usable there "
         f"({reasons or 'none exists'})",

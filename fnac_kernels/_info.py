@@ -44,8 +44,8 @@ def render() -> str:
     lines = [f"{name:<14}{version}" for name, version in facts["versions"].items()]
     for section in ("cpu", "cuda"):
         for key, value in facts[section].items():
-            shown = ", ".join(map(str, value)) or "none" if isinstance(value, (list, tuple)) else value
-            lines.append(f"{section + ' ' + key:<24}{shown}")
+            shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+            lines.append(f"{section + ' ' + key:<24}{shown or 'none'}")
     lines.append("")
     for name, problem in facts["backends"].items():
         lines.append(f"backend {name:<12}{'usable' if problem is None else 'not usable: ' + problem}")

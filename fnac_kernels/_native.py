@@ -89,7 +89,7 @@ def cpu_features() -> dict[str, Any]:
 
 
 def cuda_features() -> dict[str, Any]:
-    """The devices, each with its architecture and whether this build serves it, and the architectures compiled in."""
+    """The devices, each with its architecture and whether this build serves it; nvcc's version, and its targets."""
     loaded, _ = _load_cuda()
 
     def describe(device: int) -> str:
@@ -99,12 +99,13 @@ def cuda_features() -> dict[str, Any]:
 
     return {
         "devices": [describe(device) for device in range(torch.cuda.device_count())],
+        "compiler": getattr(loaded, "compiler", None),
         "architectures": [] if loaded is None else loaded.architectures(),
     }
 
 
 def image(img: Tensor) -> tuple[int, int, int, int, int, int, int]:
-    """What the kernels are told of a dense feature map: address, dtype, n, c, cells, strides over channels and cells."""
+    """What the kernels learn of a dense feature map: address, dtype, n, c, cells, strides over channels and cells."""
     n, c, h, w = img.shape
     strides = (h * w, 1) if img.is_contiguous() and h * w > 1 else (1, c)
     return (img.data_ptr(), _DTYPES[img.dtype], n, c, h * w, *strides)

@@ -6,12 +6,10 @@ import functools
 
 import pytest
 import torch
-from samples import CASE_IDS, CASES, Op, Sample
+from samples import CASE_IDS, CASES, USABLE, Op, Sample
 from tolerance import Run, assert_as_good_as_torch, flips, run
 
 from fnac_kernels import _dispatch
-
-USABLE = [name for name, backend in _dispatch.BACKENDS.items() if backend.problem is None]
 
 
 @functools.cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from bench import plots, report
@@ -31,29 +33,35 @@ RUN = Run(
 
 def test_readme_is_what_the_report_makes():
     text = report.README.read_text()
-    assert report.with_section(text, report.section(report.committed())) == text
+    assert report.with_section(text, report.section(report.read(DIRECTORY))) == text
 
 
 def test_every_picture_in_the_readme_is_committed():
-    runs = report.committed()
-    for name in plots.names([row for run in runs for row in run.rows], "cpu"):
-        for theme in plots.THEMES:
-            assert (DIRECTORY / f"{name}-{theme}.png").stat().st_size > 10_000
+    for machine, runs in report.read(DIRECTORY).items():
+        for name in plots.names([row for run in runs for row in run.rows]):
+            for theme in plots.THEMES:
+                assert (DIRECTORY / machine / f"{name}-{theme}.png").stat().st_size > 10_000
 
 
-def test_committed_results_name_each_figure_once():
-    keys = [
-        (r.machine["device"], row.op, row.case, row.dtype, row.contender) for r in report.committed() for row in r.rows
-    ]
-    assert len(keys) == len(set(keys))
+def test_committed_results_name_each_figure_once_and_a_folder_is_one_machine():
+    for runs in report.read(DIRECTORY).values():
+        keys = [(row.op, row.case, row.dtype, row.contender) for run in runs for row in run.rows]
+        assert len(keys) == len(set(keys))
+        assert len({run.machine["device"] for run in runs}) == 1
 
 
 def test_the_section_shows_ours_against_the_baseline_and_who_ran_out_of_memory():
-    made = report.section([RUN])
+    made = report.section({"desk": [RUN]})
     assert "| B=256, 7x7 (published) | 80.0 (1.00x) | **40.0 (2.00x)** | 22% | 147 | 34.0 |" in made
     assert "| B=4096, 7x7 | out of memory | **4,000** |" in made
     assert "Not run: cuda (runs on cuda)." in made
     assert "float32 multiply-adds 400 GFLOP/s" in made
+
+
+def test_the_machine_measured_last_comes_first_and_the_others_are_folded():
+    older = dataclasses.replace(RUN, machine={**RUN.machine, "device": "an older one", "date": "2025-01-01"})
+    made = report.section({"a": [older], "b": [RUN]})
+    assert made.index("### a processor") < made.index("<details>") < made.index("### an older one")
 
 
 def test_a_readme_without_markers_is_refused():
@@ -63,4 +71,4 @@ def test_a_readme_without_markers_is_refused():
 
 def test_the_plots_are_drawn_for_both_themes(tmp_path):
     plots.draw([RUN], tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["growth-cpu-dark.png", "growth-cpu-light.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["growth-dark.png", "growth-light.png"]

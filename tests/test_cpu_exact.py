@@ -1,4 +1,4 @@
-"""The max-pooled logits are float32-exact: attacks on the bound under which the AMX kernel leaves cells out.
+"""The max-pooled logits are float32-exact: attacks on the bound under which the screening kernels leave cells out.
 
 The yardstick is regret: how far the chosen cell's float64 similarity is below the best one's, relative to the norms.
 A float32 dot product of C terms may err by about C * 2**-24 of them; bfloat16 products err by up to 2**-8.

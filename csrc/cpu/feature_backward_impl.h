@@ -1,26 +1,29 @@
 // The gradient of the features, sparse in the logits: each pair touches one cell. A task owns a slice of
-// channels for the whole batch, so daud has one writer and needs no reduction: results do not depend on the
-// number of threads. Per group of images the slice of features T and of gradients D lies as [cell][kSlice],
-// small enough for L1; going once over the audios does D[k] += g * a and da += g * T[k]. The pooled terms'
-// gradients are D's initial value, so dimg is written once.
+// channels for a part of the images. Per group of images the slice of features T and of gradients D lies as
+// [cell][kSlice], small enough for the near caches; going once over the audios does D[k] += g * a and
+// da += g * T[k]. The pooled terms' gradients are D's initial value, so dimg is written once. With more
+// threads than slices the images are parted, and daud is added up over the parts in their order: results
+// depend on the number of threads only there.
 #pragma once
 
 namespace fnac {
 namespace {
 
-constexpr int64_t kSlice = 32;              // channels of a task
-constexpr int64_t kGroupBytes = 64 * 1024;  // T and D of the images handled at a time
+constexpr int64_t kGroupBytes = 128 * 1024;  // T and D of the images handled at a time
 constexpr int64_t kMaxGroup = 8;
 
 template <class V, class T>
 class BackwardSlice {
     using F = typename V::F;
-    static constexpr int kVectors = kSlice / V::kLanes;
+    static constexpr int kVectors = 4;
 
   public:
+    static constexpr int64_t kSlice = kVectors * V::kLanes;  // channels
+
     // memory: 2 * (images * cells + m) * kSlice floats
-    BackwardSlice(const FeatureBackward& job, int64_t first, int64_t images, float* memory)
+    BackwardSlice(const FeatureBackward& job, int64_t first, int64_t images, float* daud, float* memory)
         : job_(job),
+          to_(daud),
           first_(first),
           width_(smaller(kSlice, job.img.c - first)),
           cells_(job.img.p * kSlice),
@@ -29,12 +32,16 @@ class BackwardSlice {
           aud_(grads_ + images * cells_),
           daud_(aud_ + job.m * kSlice) {
         if (job.aud != nullptr) load_audio();
-        for (int64_t n = 0; n < job.img.n; n += images) group(n, smaller(images, job.img.n - n));
-        if (job.daud != nullptr) store_audio();
+    }
+
+    // The images [begin, end).
+    void run(int64_t begin, int64_t end, int64_t images) const {
+        for (int64_t n = begin; n < end; n += images) group(n, smaller(images, end - n));
+        if (job_.daud != nullptr) store_audio();
     }
 
   private:
-    void load_audio() {
+    void load_audio() const {
         for (int64_t m = 0; m < job_.m; ++m) {
             for (int v = 0; v < kVectors; ++v) {
                 const F a = part(job_.aud + m * job_.img.c, v);
@@ -44,11 +51,11 @@ class BackwardSlice {
         }
     }
 
-    void store_audio() {
+    void store_audio() const {
         for (int64_t m = 0; m < job_.m; ++m)
             for (int v = 0; v < kVectors; ++v)
                 if (v * V::kLanes < width_)
-                    V::store_n(job_.daud + m * job_.img.c + first_ + v * V::kLanes,
+                    V::store_n(to_ + m * job_.img.c + first_ + v * V::kLanes,
                                V::mul(V::load(daud_ + m * kSlice + v * V::kLanes), V::set(job_.scale)),
                                width_ - v * V::kLanes);
     }
@@ -60,7 +67,7 @@ class BackwardSlice {
         return V::load_n(row + first_ + v * V::kLanes, width_ - v * V::kLanes);
     }
 
-    void group(int64_t n0, int64_t count) {
+    void group(int64_t n0, int64_t count) const {
         for (int64_t i = 0; i < count; ++i) {
             if (job_.daud != nullptr) load_features(n0 + i, features_ + i * cells_);
             start_gradient(n0 + i, grads_ + i * cells_);
@@ -172,22 +179,39 @@ class BackwardSlice {
     }
 
     const FeatureBackward& job_;
+    float* const to_;  // (m, c): daud, or the share of a part of the images
     const int64_t first_, width_, cells_;
     float *const features_, *const grads_, *const aud_, *const daud_;
 };
 
 template <class V>
 void feature_backward(const FeatureBackward& job) {
+    constexpr int64_t kSlice = BackwardSlice<V, float>::kSlice;
     const FeatureMap& img = job.img;
     const int64_t fit = kGroupBytes / static_cast<int64_t>(2 * sizeof(float) * img.p * kSlice);
     const int64_t images = smaller(img.n, fit < 1 ? 1 : smaller(fit, kMaxGroup));
     const int64_t worker_size = 2 * (images * img.p + job.m) * kSlice;
     const Scratch scratch(sizeof(float) * job.threads * worker_size);
-    const size_t element = img.dtype == Dtype::kFloat32 ? 4 : 2;
-    if (job.dimg != nullptr) prefer_huge_pages(job.dimg, element * img.n * img.image_size());
-    parallel_for(job.threads, ceil_div(img.c, kSlice), [&](int64_t slice, int worker) {
+    const int64_t slices = ceil_div(img.c, kSlice), audio_size = job.m * img.c;
+    const int64_t parts = slices < job.threads ? smaller(job.threads / slices, ceil_div(img.n, images)) : 1;
+    const bool shared = parts > 1 && job.daud != nullptr;
+    const Scratch shares(shared ? sizeof(float) * parts * audio_size : 0);
+    parallel_for(job.threads, slices * parts, [&](int64_t task, int worker) {
+        const int64_t part = task / slices, first = task % slices * kSlice;
         float* memory = scratch.as<float>() + worker * worker_size;
-        with_dtype(img.dtype, [&]<class T>(T) { BackwardSlice<V, T>(job, slice * kSlice, images, memory); });
+        float* daud = shared ? shares.as<float>() + part * audio_size : job.daud;
+        with_dtype(img.dtype, [&]<class T>(T) {
+            const BackwardSlice<V, T> slice(job, first, images, daud, memory);
+            slice.run(part * img.n / parts, (part + 1) * img.n / parts, images);
+        });
+    });
+    if (!shared) return;
+    parallel_for(job.threads, job.m, [&](int64_t m, int) {
+        for (int64_t c = m * img.c; c < (m + 1) * img.c; ++c) {
+            float sum = 0;
+            for (int64_t part = 0; part < parts; ++part) sum += shares.as<float>()[part * audio_size + c];
+            job.daud[c] = sum;
+        }
     });
 }
 

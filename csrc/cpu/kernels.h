@@ -89,7 +89,8 @@ const Kernels& portable_kernels();
 #if defined(__x86_64__)
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
-#if defined(FNAC_AMX)
+#if defined(FNAC_BF16)
+const Kernels& avx512bf16_kernels();
 bool amx_usable();  // asks the kernel for permission to use the tiles, once per process
 const Kernels& amx_kernels();
 #endif

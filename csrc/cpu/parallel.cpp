@@ -8,7 +8,6 @@
 
 #include <dlfcn.h>
 #include <pthread.h>
-#include <sys/mman.h>
 
 #include <atomic>
 #include <cstdlib>
@@ -62,17 +61,6 @@ void parallel_for(int threads, int64_t tasks, void (*body)(void*, int64_t, int),
     for (int i = 1; i < workers; ++i) helpers.emplace_back([&region] { region.work(); });
     region.work();
     for (auto& helper : helpers) helper.join();
-}
-
-void prefer_huge_pages(void* data, size_t bytes) {
-#ifdef MADV_HUGEPAGE
-    constexpr uintptr_t kHuge = 2 << 20;
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
-    if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-    (void)data, (void)bytes;
-#endif
 }
 
 Scratch::Scratch(size_t bytes) : data_(std::aligned_alloc(64, (bytes + 127) / 64 * 64)) {

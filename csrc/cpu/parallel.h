@@ -18,10 +18,6 @@ void parallel_for(int threads, int64_t tasks, F&& body) {
         &body);
 }
 
-// Advice on a large output that is about to be written for the first time: a fault for every 4 KB page costs
-// more than writing it. Nothing depends on whether the system takes it.
-void prefer_huge_pages(void* data, size_t bytes);
-
 // Scratch memory, 64-byte aligned, freed on destruction. Throws std::bad_alloc (translated to MemoryError).
 class Scratch {
   public:
