@@ -132,8 +132,8 @@ audio_gradient_kernel(const AudioGradientArguments job) {
         if (left > 1) slab.load();
 #pragma unroll
         for (int i = 0; i < kOwn; ++i) {
-            if (i == kOwn / 2)
-                warp_barrier();  // or the compiler loads all picks at once, and runs out of registers
+            // Or the compiler loads all picks at once, and on sm_120 runs out of registers.
+            if (i == kOwn / 2) warp_barrier();
             const Pick pick = shared.picks[buffer][warp * kOwn + i];
             if (pick.offset < 0) continue;
             const Float2 x = *reinterpret_cast<const Float2*>(&shared.slab[buffer][pick.offset + lane * 2]);

@@ -11,7 +11,7 @@ struct CellSums {
     FeatureMap img;
     const float* maps;  // (n, p): weights, or what the mask is made of
     bool as_mask;       // weight = minmax(maps) > threshold, otherwise weight = maps
-    float threshold;    //
+    float threshold;    // of the mask
     float scale;        // of both sums
     uint8_t* mask;      // (n, p), or null
     float* all;         // (n, c): scale * sum_p img, or null
