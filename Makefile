@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc CMakeLists.txt setup.py pyproject.toml constraints.txt -type f 2>/dev/null)
 
+FIND_SOURCES := find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 SANITIZED := $(abspath build/sanitized)
 
 .PHONY: install test lint format sanitize demo bench bench-check clean
@@ -25,13 +26,13 @@ $(VENV)/.installed: $(VENV)/.created $(NATIVE)
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	find csrc -name '*.cpp' -o -name '*.h' | xargs -r $(BIN)/clang-format --dry-run --Werror
+	$(FIND_SOURCES) | xargs -r $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	find csrc -name '*.cpp' -o -name '*.h' | xargs -r $(BIN)/clang-format -i
+	$(FIND_SOURCES) | xargs -r $(BIN)/clang-format -i
 
 test: lint
 	$(BIN)/python -m pytest -q tests
@@ -42,7 +43,7 @@ sanitize: install
 	rm -rf $(SANITIZED)/package && mkdir -p $(SANITIZED)/package && cp -r fnac_kernels $(SANITIZED)/package/
 	rm -f $(SANITIZED)/package/fnac_kernels/*.so
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(SANITIZED)/native -GNinja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-		-DFNAC_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+		-DFNAC_SANITIZE=ON -DFNAC_CUDA=off -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
 		-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) \
 		-DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(SANITIZED)/package/fnac_kernels >/dev/null
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED)/native

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pybind11
@@ -12,6 +14,38 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+CUDA_CHOICES = ("auto", "on", "off")
+
+
+def cuda_options(environment: Mapping[str, str]) -> list[str]:
+    """CMake's definitions for what the environment says of CUDA: FNAC_CUDA, and the architectures to compile for.
+
+    Raises:
+        SystemExit: a variable holds something else than it should.
+    """
+    choice = environment.get("FNAC_CUDA") or "auto"
+    if choice not in CUDA_CHOICES:
+        raise SystemExit(f"fnac_kernels: FNAC_CUDA is {choice!r}; it should be one of {', '.join(CUDA_CHOICES)}")
+    architectures = environment.get("CMAKE_CUDA_ARCHITECTURES") or _from_torch(
+        environment.get("TORCH_CUDA_ARCH_LIST", "")
+    )
+    # Both always, the empty list for the default, so that nothing of an earlier build stays.
+    return [f"-DFNAC_CUDA={choice}", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"]
+
+
+def _from_torch(architectures: str) -> str:
+    """``"8.0;9.0+PTX"``, as PyTorch's extensions are told, in CMake's words: ``"80-real;90"``."""
+    translated = []
+    for name in architectures.replace(";", " ").split():
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
+        if match is None:
+            raise SystemExit(
+                f"fnac_kernels: TORCH_CUDA_ARCH_LIST has {name!r}; it should hold numbers such as 8.0 or 9.0+PTX, "
+                "separated by semicolons or spaces"
+            )
+        major, minor, suffix, ptx = match.groups()
+        translated.append(f"{major}{minor}{suffix}" + ("" if ptx else "-real"))
+    return ";".join(translated)
 
 
 class CMakeBuild(build_ext):
@@ -31,6 +65,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
+            *cuda_options(os.environ),
         )
         self._step("compile", "cmake", "--build", str(build))
 
@@ -43,9 +78,10 @@ class CMakeBuild(build_ext):
             ) from error
         except subprocess.CalledProcessError as error:
             raise SystemExit(
-                f"fnac_kernels: the {name} step failed (exit {error.returncode}); "
-                "a C++20 compiler and ninja are needed, the cause stands above"
+                f"fnac_kernels: the {name} step failed (exit {error.returncode}); a C++20 compiler and ninja are "
+                "needed, the cause stands above. Where nvcc is the cause, FNAC_CUDA=off builds without CUDA"
             ) from error
 
 
-setup(ext_modules=[Extension("fnac_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+if __name__ == "__main__":  # tests import this file
+    setup(ext_modules=[Extension("fnac_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

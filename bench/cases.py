@@ -75,6 +75,7 @@ CASES: dict[str, Case] = {
         _square(2048, series=("batch",)),
         _square(4096, series=("batch",)),
         _square(8192, series=("batch",)),
+        _square(32768),
         _square(128, 4, series=("cells",)),
         _square(128, 14, series=("cells",)),
         _square(128, 28, series=("cells",)),

@@ -29,7 +29,7 @@ def limited(device: str, size: int) -> Iterator[None]:
     """Within it this process gets at most ``size`` bytes more: asking for more fails instead of swapping."""
     if device == "cuda":
         free, total = torch.cuda.mem_get_info()
-        torch.cuda.set_per_process_memory_fraction(min(size, free) / total)
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + min(size, free)) / total)
         try:
             yield
         finally:

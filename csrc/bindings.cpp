@@ -1,6 +1,6 @@
-// The compiled module: pointers, sizes and strides in, nothing of torch. Every call releases the GIL.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+// The compiled module: pointers, sizes and strides in, nothing of torch. Every call releases the GIL. The
+// CUDA kernels are its submodule `cuda`; where they were left out, `cuda_left_out` says why.
+#include "bindings.h"
 
 #include <array>
 #include <optional>
@@ -12,19 +12,6 @@ namespace py = pybind11;
 
 namespace fnac {
 namespace {
-
-template <class T>
-T* at(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
-// (data, dtype, n, c, p, stride_c, stride_p)
-using Image = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t, int64_t, int64_t>;
-
-FeatureMap feature_map(const Image& image) {
-    const auto& [data, dtype, n, c, p, stride_c, stride_p] = image;
-    return {at<const void>(data), static_cast<Dtype>(dtype), n, c, p, stride_c, stride_p};
-}
 
 void max_logits(const Image& img, uintptr_t aud, int64_t m, double tau, uintptr_t logits, uintptr_t argmax,
                 bool bf16_products, int threads) {
@@ -108,4 +95,11 @@ PYBIND11_MODULE(_C, m) {
             kernels().adjacency_backward(job);
         },
         unlocked);
+#ifdef FNAC_CUDA_LEFT_OUT
+    m.attr("cuda_left_out") = FNAC_CUDA_LEFT_OUT;
+#else
+    py::module_ cuda = m.def_submodule("cuda");
+    bind_cuda(cuda);
+    cuda.attr("compiler") = FNAC_CUDA_COMPILER;
+#endif
 }

@@ -31,12 +31,25 @@ REFERENCE = "reference"
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run the kernels: its module, the tensors it takes, and a probe that says why it is not usable."""
+    """One way to run the kernels: its module, the tensors it takes, and a probe that says why it is not usable.
+
+    ``emulation`` is the variable of the environment under which its kernels run on CPU tensors, for tests.
+    """
 
     name: str
     module: str
     device: str
     probe: Callable[[], str | None]
+    emulation: str | None = None
+
+    @property
+    def emulated(self) -> bool:
+        return self.emulation is not None and os.environ.get(self.emulation, "") not in ("", "0")
+
+    @property
+    def takes(self) -> str:
+        """The kind of device whose tensors it takes here."""
+        return "cpu" if self.emulated else self.device
 
     @functools.cached_property
     def problem(self) -> str | None:
@@ -62,16 +75,12 @@ def _probe_cuda() -> str | None:
     return _native.cuda_problem()
 
 
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def _probe_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
     if importlib.util.find_spec("fnac_kernels.backends.triton") is None:
         return "this build of fnac_kernels has no Triton kernels"
-    if not torch.cuda.is_available() and not _interpreting():
+    if not torch.cuda.is_available() and not BACKENDS["triton"].emulated:
         return "torch sees no CUDA device (TRITON_INTERPRET=1 runs the kernels in Triton's slow interpreter)"
     return None
 
@@ -80,8 +89,8 @@ BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend("cpu", "fnac_kernels.backends.cpu", "cpu", _probe_cpu),
-        Backend("triton", "fnac_kernels.backends.triton", "cuda", _probe_triton),
-        Backend("cuda", "fnac_kernels.backends.cuda", "cuda", _probe_cuda),
+        Backend("triton", "fnac_kernels.backends.triton", "cuda", _probe_triton, "TRITON_INTERPRET"),
+        Backend("cuda", "fnac_kernels.backends.cuda", "cuda", _probe_cuda, "FNAC_CUDA_EMULATION"),
     )
 }
 NAMES = (REFERENCE, *BACKENDS)
@@ -158,10 +167,10 @@ def select(name: str | None, device: str, dtype: torch.dtype) -> str:
                 f"backend {name!r} takes float32, bfloat16 and float16, the tensors are float64; "
                 "backend='reference' takes float64"
             )
-        if device != backend.device and not (name == "triton" and _interpreting()):
+        if device != backend.takes:
             raise ValueError(
-                f"backend {name!r} takes tensors on {backend.device}, these are on {device}; "
-                f"move them, or use backend={_for_device(device)!r}"
+                f"backend {name!r} takes tensors on {backend.takes}, these are on {device}; "
+                f"move them, or use backend={automatic(device) or REFERENCE!r}"
             )
         return name
     if dtype == torch.float64:
@@ -169,17 +178,23 @@ def select(name: str | None, device: str, dtype: torch.dtype) -> str:
     return _for_device(device)
 
 
+def automatic(device: str) -> str | None:
+    """The first usable backend for a kind of device, or None: then it is the reference."""
+    candidates = (BACKENDS[name] for name in PREFERENCE.get(device, ()))
+    return next((backend.name for backend in candidates if backend.problem is None and backend.takes == device), None)
+
+
 def _for_device(device: str) -> str:
-    for candidate in PREFERENCE.get(device, ()):
-        if BACKENDS[candidate].problem is None:
-            return candidate
-    _warn_reference(device)
-    return REFERENCE
+    name = automatic(device)
+    if name is None:
+        _warn_reference(device)
+    return name or REFERENCE
 
 
 @functools.cache
 def _warn_reference(device: str) -> None:
-    reasons = "; ".join(f"{name}: {BACKENDS[name].problem}" for name in PREFERENCE.get(device, ()))
+    candidates = (BACKENDS[name] for name in PREFERENCE.get(device, ()))
+    reasons = "; ".join(f"{b.name}: {b.problem or f'takes tensors on {b.takes} here'}" for b in candidates)
     warnings.warn(
         f"fnac_kernels runs plain PyTorch on {device} tensors: no compiled backend is usable there "
         f"({reasons or 'none exists'})",

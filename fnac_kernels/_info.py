@@ -25,15 +25,9 @@ def info() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             **_native.cpu_features(),
         },
-        "cuda": {
-            "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-            **_native.cuda_features(),
-        },
+        "cuda": _native.cuda_features(),
         "backends": _dispatch.explain(),
-        "automatic": {
-            device: next((name for name in names if _dispatch.BACKENDS[name].problem is None), _dispatch.REFERENCE)
-            for device, names in _dispatch.PREFERENCE.items()
-        },
+        "automatic": {device: _dispatch.automatic(device) or _dispatch.REFERENCE for device in _dispatch.PREFERENCE},
     }
 
 
@@ -50,8 +44,8 @@ def render() -> str:
     lines = [f"{name:<14}{version}" for name, version in facts["versions"].items()]
     for section in ("cpu", "cuda"):
         for key, value in facts[section].items():
-            shown = ", ".join(map(str, value)) or "none" if isinstance(value, (list, tuple)) else value
-            lines.append(f"{section + ' ' + key:<24}{shown}")
+            shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+            lines.append(f"{section + ' ' + key:<24}{shown or 'none'}")
     lines.append("")
     for name, problem in facts["backends"].items():
         lines.append(f"backend {name:<12}{'usable' if problem is None else 'not usable: ' + problem}")

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+import os
+from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Names the CUDA kernels compiled for the host (``tests/emulation``): the cuda backend then takes CPU tensors.
+CUDA_EMULATION = "FNAC_CUDA_EMULATION"
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 @functools.cache
@@ -21,10 +31,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 def module() -> ModuleType:
     """The compiled module; raises RuntimeError with the cause where there is none."""
-    loaded, reason = _load()
-    if loaded is None:
-        raise RuntimeError(reason)
-    return loaded
+    return _there(*_load())
 
 
 def problem() -> str | None:
@@ -32,12 +39,45 @@ def problem() -> str | None:
     return _load()[1]
 
 
-def cuda_problem() -> str | None:
-    """Why the CUDA part of the compiled module cannot be used, or None."""
+@functools.cache
+def _load_cuda() -> tuple[ModuleType | None, str | None]:
+    emulated = os.environ.get(CUDA_EMULATION)
+    if emulated:
+        return _load_emulated(Path(emulated))
     loaded, reason = _load()
     if loaded is None:
+        return None, reason
+    if not hasattr(loaded, "cuda"):
+        return None, f"the compiled module was built without CUDA: {loaded.cuda_left_out}"
+    return loaded.cuda, None
+
+
+def _load_emulated(path: Path) -> tuple[ModuleType | None, str | None]:
+    spec = importlib.util.spec_from_file_location(path.name.partition(".")[0], path)
+    try:
+        if spec is None or spec.loader is None:
+            raise ImportError("not the name of a compiled module")
+        loaded = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+    except ImportError as error:
+        return None, f"{CUDA_EMULATION} is {str(path)!r}, which does not load: {error}"
+    return loaded, None
+
+
+def cuda() -> ModuleType:
+    """The CUDA part of the compiled module; raises RuntimeError with the cause where there is none."""
+    return _there(*_load_cuda())
+
+
+def cuda_problem() -> str | None:
+    """Why the CUDA kernels cannot be used, or None. One device that can run them suffices."""
+    loaded, reason = _load_cuda()
+    if loaded is None or os.environ.get(CUDA_EMULATION):
         return reason
-    return "the compiled module was built without CUDA (rebuild with nvcc on PATH and FNAC_CUDA=on)"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device" if torch.version.cuda else "this torch was built without CUDA"
+    problems = [loaded.problem(device) for device in range(torch.cuda.device_count())]
+    return None if "" in problems else problems[0]
 
 
 def cpu_features() -> dict[str, Any]:
@@ -49,5 +89,34 @@ def cpu_features() -> dict[str, Any]:
 
 
 def cuda_features() -> dict[str, Any]:
-    """The architectures compiled in."""
-    return {"architectures": []}
+    """The devices, each with its architecture and whether this build serves it; nvcc's version, and its targets."""
+    loaded, _ = _load_cuda()
+
+    def describe(device: int) -> str:
+        major, minor = torch.cuda.get_device_capability(device)
+        served = loaded is not None and not loaded.problem(device)
+        return f"{torch.cuda.get_device_name(device)} (sm_{major}{minor}, {'served' if served else 'not served'})"
+
+    return {
+        "devices": [describe(device) for device in range(torch.cuda.device_count())],
+        "compiler": getattr(loaded, "compiler", None),
+        "architectures": [] if loaded is None else loaded.architectures(),
+    }
+
+
+def image(img: Tensor) -> tuple[int, int, int, int, int, int, int]:
+    """What the kernels learn of a dense feature map: address, dtype, n, c, cells, strides over channels and cells."""
+    n, c, h, w = img.shape
+    strides = (h * w, 1) if img.is_contiguous() and h * w > 1 else (1, c)
+    return (img.data_ptr(), _DTYPES[img.dtype], n, c, h * w, *strides)
+
+
+def address(x: Tensor | None) -> int:
+    """Where the tensor's data lies; 0 for None."""
+    return 0 if x is None else x.data_ptr()
+
+
+def _there(loaded: ModuleType | None, reason: str | None) -> ModuleType:
+    if loaded is None:
+        raise RuntimeError(reason)
+    return loaded

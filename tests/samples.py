@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fnac_kernels as fk
-from fnac_kernels import reference
+from fnac_kernels import _dispatch, reference
 
+#: The backends that run here, each on the tensors that it takes.
+USABLE = [name for name, backend in _dispatch.BACKENDS.items() if backend.problem is None]
 TAU = 0.03
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 

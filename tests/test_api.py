@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import pickle
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -193,6 +195,82 @@ def test_a_missing_compiled_module_is_explained(monkeypatch):
     assert "missing" in _native.problem()
     with pytest.raises(RuntimeError, match="missing"):
         _native.module()
+
+
+class Compiled:
+    """Stands for the CUDA part of the compiled module, with one device that it cannot run on."""
+
+    NOT_SERVED = "CUDA device 0 is sm_75, this build has sm_80; rebuild for it: CMAKE_CUDA_ARCHITECTURES=75 pip install"
+
+    def __init__(self, *served: int) -> None:
+        self.served = served
+
+    def problem(self, device: int) -> str:
+        return "" if device in self.served else self.NOT_SERVED
+
+    def architectures(self) -> list[str]:
+        return ["sm_80"]
+
+
+@pytest.fixture
+def _two_devices(monkeypatch):
+    monkeypatch.delenv(_native.CUDA_EMULATION, raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"chip {device}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7 + device, 5))
+
+
+@pytest.mark.usefixtures("_two_devices")
+def test_a_device_that_the_build_does_not_serve_is_explained_unless_another_one_is(monkeypatch):
+    monkeypatch.setattr(_native, "_load_cuda", lambda: (Compiled(), None))
+    assert _native.cuda_problem() == Compiled.NOT_SERVED
+    assert _native.cuda_features()["devices"] == ["chip 0 (sm_75, not served)", "chip 1 (sm_85, not served)"]
+    monkeypatch.setattr(_native, "_load_cuda", lambda: (Compiled(1), None))
+    assert _native.cuda_problem() is None
+    assert _native.cuda_features()["devices"] == ["chip 0 (sm_75, not served)", "chip 1 (sm_85, served)"]
+
+
+@pytest.mark.usefixtures("_two_devices")
+def test_why_cuda_is_not_usable(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(_native, "_load_cuda", lambda: (Compiled(1), None))
+    assert _native.cuda_problem() == "torch sees no CUDA device"
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert _native.cuda_problem() == "this torch was built without CUDA"
+    monkeypatch.undo()
+    monkeypatch.delenv(_native.CUDA_EMULATION, raising=False)
+    monkeypatch.setattr(_native, "_load", lambda: (types.SimpleNamespace(cuda_left_out="FNAC_CUDA was off"), None))
+    monkeypatch.setattr(_native, "_load_cuda", _native._load_cuda.__wrapped__)  # not remembered
+    assert _native.cuda_problem() == "the compiled module was built without CUDA: FNAC_CUDA was off"
+    with pytest.raises(RuntimeError, match="built without CUDA: FNAC_CUDA was off"):
+        _native.cuda()
+
+
+@pytest.mark.parametrize(("name", "cause"), [("missing.so", "cannot open"), ("notes.txt", "not the name of a")])
+def test_an_emulation_that_does_not_load_is_explained(tmp_path, name, cause):
+    path = str(tmp_path / name)
+    done = subprocess.run(
+        [sys.executable, "-c", "import torch, fnac_kernels as fk; fk.use_backend('cuda')"],
+        env=os.environ | {_native.CUDA_EMULATION: path}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert f"backend 'cuda' is not available: FNAC_CUDA_EMULATION is {path!r}, which does not load: " in done.stderr
+    assert cause in done.stderr
+
+
+def test_an_emulated_backend_takes_cpu_tensors_and_is_never_chosen_by_itself(monkeypatch):
+    emulated = _dispatch.Backend("cuda", "fnac_kernels.backends.cuda", "cuda", lambda: None, "SOME_VARIABLE")
+    monkeypatch.setitem(_dispatch.BACKENDS, "cuda", emulated)
+    monkeypatch.delenv("SOME_VARIABLE", raising=False)
+    assert emulated.takes == "cuda"
+    monkeypatch.setenv("SOME_VARIABLE", "/a/module.so")
+    assert emulated.takes == "cpu"
+    assert _dispatch.select("cuda", "cpu", torch.float32) == "cuda"
+    with pytest.raises(ValueError, match="backend 'cuda' takes tensors on cpu, these are on cuda"):
+        _dispatch.select("cuda", "cuda", torch.float32)
+    assert _dispatch.automatic("cpu") != "cuda"
+    assert _dispatch.automatic("cuda") != "cuda"
 
 
 # --- info -----------------------------------------------------------------------------------------------------------

@@ -6,16 +6,10 @@ import functools
 
 import pytest
 import torch
-from samples import CASE_IDS, CASES, Op, Sample
+from samples import CASE_IDS, CASES, USABLE, Op, Sample
 from tolerance import Run, assert_as_good_as_torch, flips, run
 
 from fnac_kernels import _dispatch
-
-USABLE = [name for name, backend in _dispatch.BACKENDS.items() if backend.problem is None]
-
-
-def device_of(backend: str) -> str:
-    return "cpu" if not torch.cuda.is_available() else _dispatch.BACKENDS[backend].device
 
 
 @functools.cache
@@ -31,14 +25,14 @@ def by_torch(op: Op, sample: Sample) -> Run:
 @pytest.mark.parametrize("backend", USABLE)
 @pytest.mark.parametrize(("op", "sample"), CASES, ids=CASE_IDS)
 def test_values_and_gradients_are_as_good_as_torch(op, sample, backend):
-    got = run(op, sample, backend, device=device_of(backend))
+    got = run(op, sample, backend, device=_dispatch.BACKENDS[backend].takes)
     assert_as_good_as_torch(got, by_torch(op, sample), exact(op, sample), sample.dtype)
 
 
 @pytest.mark.parametrize("backend", USABLE)
 @pytest.mark.parametrize("sample", sorted({s for _, s in CASES}, key=str), ids=str)
 def test_the_argmax_is_the_first_of_the_largest(sample, backend):
-    img, aud = sample.features(device_of(backend))
+    img, aud = sample.features(_dispatch.BACKENDS[backend].takes)
     _, argmax = torch.ops.fnac_kernels.max_logits(img, aud, sample.tau, backend)
     assert flips(argmax, img, aud) == 0
 

@@ -1,10 +1,13 @@
-"""How the operators behave under PyTorch's machinery: opcheck, compile, autocast, grad modes, layouts."""
+"""How the operators behave under PyTorch's machinery: opcheck, compile, autocast, grad modes, layouts.
+
+Every test runs on each backend that is usable here.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from samples import OPS, Sample
+from samples import OPS, USABLE, Sample
 
 import fnac_kernels as fk
 from fnac_kernels import _dispatch, reference
@@ -17,24 +20,34 @@ SMALL = [
 ]
 
 
+@pytest.fixture(params=USABLE, autouse=True)
+def backend(request):
+    with fk.use_backend(request.param):
+        yield request.param
+
+
+def device() -> str:
+    return _dispatch.BACKENDS[_dispatch.requested(None)].takes
+
+
 def features(sample: Sample = SMALL[0], *, img: bool = True, aud: bool = True):
-    image, audio = sample.features()
+    image, audio = sample.features(device())
     return image.requires_grad_(img), audio.requires_grad_(aud)
 
 
 @pytest.mark.parametrize("sample", SMALL, ids=str)
 @pytest.mark.parametrize("name", ["max_logits", "pool_pairs", "foreground_pool", "adjacency_contrastive", "fnac_loss"])
-def test_opcheck(name, sample):
+def test_opcheck(name, sample, backend):
     img, aud = features(sample)
     maps = reference.paired_maps(img.detach(), aud.detach(), 0.1)
     logits = reference.max_logits(img.detach(), aud.detach(), 0.1).requires_grad_()
-    pooled = [torch.randn(sample.n, sample.c, requires_grad=True) for _ in range(2)]
+    pooled = [torch.randn(sample.n, sample.c, device=device(), requires_grad=True) for _ in range(2)]
     arguments = {
-        "max_logits": (img, aud, 0.1, "cpu"),
-        "pool_pairs": (img, aud, 0.1, 0.6, True, "cpu"),
-        "foreground_pool": (img, maps, 0.6, "cpu"),
-        "adjacency_contrastive": (logits, aud, *pooled, 0.1, [1.0, 2.0, 3.0, 4.0], None, "cpu"),
-        "fnac_loss": (img, aud, 0.1, 0.6, [1.0, 2.0, 3.0, 4.0], 0.5, "cpu"),
+        "max_logits": (img, aud, 0.1, backend),
+        "pool_pairs": (img, aud, 0.1, 0.6, True, backend),
+        "foreground_pool": (img, maps, 0.6, backend),
+        "adjacency_contrastive": (logits, aud, *pooled, 0.1, [1.0, 2.0, 3.0, 4.0], None, backend),
+        "fnac_loss": (img, aud, 0.1, 0.6, [1.0, 2.0, 3.0, 4.0], 0.5, backend),
     }
     torch.library.opcheck(getattr(kernels, name).default, arguments[name])
 
@@ -46,9 +59,9 @@ def step(img, aud, run):
 
 
 @pytest.mark.parametrize("op", OPS, ids=str)
-def test_compiled_whole_equals_eager(op):
+def test_compiled_whole_equals_eager(op, backend):
     def run(img, aud):
-        return op.run(img, aud, 0.1, "cpu")
+        return op.run(img, aud, 0.1, backend)
 
     if op.name in ("foreground_pool", "adjacency_contrastive"):
         pytest.skip("the table's op prepares its inputs in float64, outside of the operator; opcheck covers both")
@@ -76,7 +89,7 @@ def test_compiled_by_inductor_with_code_around_it():
 
 def test_autocast_multiplies_in_its_dtype_and_returns_float32():
     img, aud = features()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device(), dtype=torch.bfloat16):
         out = fk.fnac_loss(img, aud, 0.1)
     expected = fk.fnac_loss(img.bfloat16(), aud.bfloat16(), 0.1)
     assert out.loss.dtype == torch.float32
@@ -128,13 +141,13 @@ def test_a_channels_last_gradient_is_channels_last():
 
 
 @pytest.mark.parametrize("op", OPS, ids=str)
-def test_gradient_for_one_input_alone(op):
-    both = step(*features(), lambda i, a: op.run(i, a, 0.1, "cpu"))[-2:] if op.name != "foreground_pool" else None
+def test_gradient_for_one_input_alone(op, backend):
+    both = step(*features(), lambda i, a: op.run(i, a, 0.1, backend))[-2:] if op.name != "foreground_pool" else None
     for position, wanted in (("img", 0), ("aud", 1)):
         if both is None and position == "aud":
             continue
         img, aud = features(img=position == "img", aud=position == "aud")
-        outputs = op.run(img, aud, 0.1, "cpu")
+        outputs = op.run(img, aud, 0.1, backend)
         total = sum(out.square().sum() for out in outputs)
         (gradient,) = torch.autograd.grad(total, (img, aud)[wanted])
         assert gradient.abs().sum() > 0
@@ -143,29 +156,29 @@ def test_gradient_for_one_input_alone(op):
 
 
 @pytest.mark.parametrize("name", ["max_logits", "paired_maps", "fnac_loss"])
-def test_second_derivatives_are_refused(name):
+def test_second_derivatives_are_refused(name, backend):
     img, aud = features()
-    out = getattr(fk, name)(img, aud, backend="cpu")
+    out = getattr(fk, name)(img, aud)
     value = out.loss if name == "fnac_loss" else out.sum()
     (first,) = torch.autograd.grad(value, img, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative; use backend='reference'"):
         first.sum().backward()
 
 
-def test_a_term_of_weight_zero_is_not_computed(monkeypatch):
+def test_a_term_of_weight_zero_is_not_computed(monkeypatch, backend):
     img, aud = (x.detach() for x in features())
     out = fk.fnac_loss(img, aud, weights=(1, 0, 0, 0))
     assert out.loss == out.nce
     assert out.fns_audio == out.tne == out.fns_visual == 0
-    backend = _dispatch.BACKENDS["cpu"].load()
+    primitives = _dispatch.BACKENDS[backend].load()
     asked = []
-    pool_pairs = backend.pool_pairs
+    pool_pairs = primitives.pool_pairs
 
     def noting(img, aud, tau, threshold, pooled):
         asked.append(pooled)
         return pool_pairs(img, aud, tau, threshold, pooled)
 
-    monkeypatch.setattr(backend, "pool_pairs", noting)
+    monkeypatch.setattr(primitives, "pool_pairs", noting)
     fk.fnac_loss(img, aud, weights=(1, 1, 0, 0))
     fk.fnac_loss(img, aud, weights=(1, 0, 1, 0))
     assert asked == [False, True]
@@ -176,7 +189,7 @@ def test_hard_masked_pairs_leave_the_denominators():
     aud[3] = aud[0]
     masked = fk.fnac_loss(img, aud, 0.1, weights=(1, 0, 0, 0), adjacency_threshold=0.999)
     logits = reference.max_logits(img, aud, 0.1)
-    keep = (aud @ aud.T < 0.999) | torch.eye(6, dtype=torch.bool)
+    keep = (aud @ aud.T < 0.999) | torch.eye(6, dtype=torch.bool, device=device())
     assert not keep.all()
     expected = torch.logsumexp(logits.masked_fill(~keep, -torch.inf), 1).mean()
     expected += torch.logsumexp(logits.masked_fill(~keep, -torch.inf), 0).mean() - 2 * logits.diagonal().mean()

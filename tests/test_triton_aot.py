@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 if importlib.util.find_spec("triton.backends.nvidia") is None:
     pytest.skip("this Triton has no NVIDIA backend", allow_module_level=True)
 
+import cubin
 import triton
 import triton_resources
 
@@ -42,4 +43,4 @@ def test_16_bit_products_run_on_the_tensor_cores(costs):
 @pytest.mark.skipif(triton.__version__ != TESTED_WITH, reason="the table was made with another Triton")
 def test_the_table_is_what_the_kernels_use(costs):
     """After a change: ``python tests/triton_resources.py > tests/data/triton_resources.txt``, and look at the diff."""
-    assert triton_resources.render(costs) == TABLE.read_text()
+    assert cubin.render(costs) == TABLE.read_text()

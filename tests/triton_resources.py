@@ -7,13 +7,12 @@ the cuobjdump that comes with Triton. Stack is where spilled registers go.
 from __future__ import annotations
 
 import importlib
-import re
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cubin
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -96,11 +95,11 @@ def cost(capability: int, dtype: str, name: str, kernel: Any, blocks: tuning.Blo
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    registers, stack = (int(re.search(rf"{what}:(\d+)", usage.stdout)[1]) for what in ("REG", "STACK"))
+        (used,) = cubin.usage(Path(file.name))
     instructions = [i for i in ("mma.sync", "wgmma", "tcgen05.mma") if i in compiled.asm["ptx"]]
-    return Cost(capability, dtype, name, registers, stack, compiled.metadata.shared, " ".join(instructions) or "-")
+    return Cost(
+        capability, dtype, name, used.registers, used.stack, compiled.metadata.shared, " ".join(instructions) or "-"
+    )
 
 
 def table() -> list[Cost]:
@@ -113,14 +112,5 @@ def table() -> list[Cost]:
     ]
 
 
-def render(costs: list[Cost]) -> str:
-    """One row a line, with a head."""
-    rows = [Cost._fields, *(tuple(map(str, row)) for row in costs)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(Cost._fields))]
-    return "".join(
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() + "\n" for row in rows
-    )
-
-
 if __name__ == "__main__":
-    print(render(table()), end="")
+    print(cubin.render(table()), end="")

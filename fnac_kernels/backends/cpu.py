@@ -7,19 +7,7 @@ from torch import Tensor
 
 from fnac_kernels import _native
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ROW_STATS = 16
-
-
-def _image(img: Tensor) -> tuple[int, int, int, int, int, int, int]:
-    """What the native module knows of a feature map: address, dtype, n, c, cells, stride over channels, over cells."""
-    n, c, h, w = img.shape
-    strides = (h * w, 1) if img.is_contiguous() and h * w > 1 else (1, c)
-    return (img.data_ptr(), _DTYPES[img.dtype], n, c, h * w, *strides)
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def _floats(*shape: int) -> Tensor:
@@ -31,7 +19,7 @@ def max_logits(img: Tensor, aud: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     logits, argmax = _floats(*shape), torch.empty(shape, dtype=torch.uint16)
     wide = aud.float()
     _native.module().max_logits(
-        _image(img),
+        _native.image(img),
         wide.data_ptr(),
         aud.shape[0],
         tau,
@@ -51,9 +39,9 @@ def pool_pairs(
     maps, mask = _floats(n, h, w), torch.empty((rows, h, w), dtype=torch.bool)
     img_avg, foreground = _floats(rows, c), _floats(rows, c)
     wide = aud.float()
-    outputs = (_address(x if pooled else None) for x in (mask, img_avg, foreground))
+    outputs = (_native.address(x if pooled else None) for x in (mask, img_avg, foreground))
     _native.module().pool(
-        _image(img), wide.data_ptr(), tau, threshold, maps.data_ptr(), *outputs, torch.get_num_threads()
+        _native.image(img), wide.data_ptr(), tau, threshold, maps.data_ptr(), *outputs, torch.get_num_threads()
     )
     return maps, mask, img_avg, foreground
 
@@ -62,7 +50,7 @@ def foreground_pool(img: Tensor, maps: Tensor, threshold: float) -> tuple[Tensor
     n, c, h, w = img.shape
     foreground, mask = _floats(n, c), torch.empty((n, h, w), dtype=torch.bool)
     addresses = (maps.data_ptr(), mask.data_ptr(), 0, foreground.data_ptr())
-    _native.module().pool(_image(img), 0, 1.0, threshold, *addresses, torch.get_num_threads())
+    _native.module().pool(_native.image(img), 0, 1.0, threshold, *addresses, torch.get_num_threads())
     return foreground, mask
 
 
@@ -85,13 +73,13 @@ def feature_backward(
     daud = torch.empty_like(wide) if need_aud and wide is not None else None
     sources = (grad_logits, argmax, grad_maps, mask, grad_avg, grad_foreground)
     _native.module().feature_backward(
-        _image(img),
-        _address(wide),
+        _native.image(img),
+        _native.address(wide),
         0 if wide is None else wide.shape[0],
         tau,
-        *map(_address, sources),
-        _address(dimg),
-        _address(daud),
+        *map(_native.address, sources),
+        _native.address(dimg),
+        _native.address(daud),
         torch.get_num_threads(),
     )
     return dimg, daud if daud is None or aud is None else daud.to(aud.dtype)
@@ -151,8 +139,8 @@ def adjacency_backward(
         adjacency_threshold,
         row_stats.data_ptr(),
         col_lse.data_ptr(),
-        _address(grad_loss),
-        _address(grad_terms),
+        _native.address(grad_loss),
+        _native.address(grad_terms),
         [x.data_ptr() for x in grads],
         torch.get_num_threads(),
     )

@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# on_gpu.sh: everything that needs a CUDA device, within 9 minutes and without network or installation: builds in place,
+# runs the table of samples and the device's own tests on every GPU backend, compute-sanitizer on small samples, and the
+# benchmark. Writes on_gpu.log and the results to $OUT (bench/results/gpu without it), as JSON.
+#
+# Needs python3 (or $PYTHON) with torch, triton, numpy, pytest, setuptools and pybind11; cmake, ninja and a C++20 compiler;
+# nvcc; compute-sanitizer for its stages. A stage that fails or runs out of its time does not stop the next ones; the end
+# names it, and the exit status is then 1. ONLY="build table-cuda" runs those stages alone.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${OUT:-bench/results/gpu}
+mkdir -p "$out"
+log=$out/on_gpu.log
+python=${PYTHON:-python3}
+PATH=$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH # pip's cmake and ninja
+export PATH PYTHONUNBUFFERED=1
+limit=530 # seconds for everything
+failed=()
+: >"$log"
+
+say() { echo "$*" | tee -a "$log"; }
+
+# stage NAME SECONDS COMMAND...: runs it within its time and what is left of the whole.
+stage() {
+    local name=$1 seconds=$2 status=0 began=$SECONDS
+    shift 2
+    if [[ -n ${ONLY:-} && " $ONLY " != *" $name "* ]]; then return; fi
+    if ((limit - SECONDS < seconds)); then seconds=$((limit - SECONDS)); fi
+    echo "--- $name: $*" >>"$log"
+    if ((seconds < 5)); then
+        say "--- $name: no time left"
+        failed+=("$name (no time left)")
+        return
+    fi
+    timeout --kill-after=5 "$seconds" "$@" </dev/null >>"$log" 2>&1 || status=$?
+    case $status in
+        0) say "--- $name: ok, $((SECONDS - began)) s" ;;
+        124 | 137) status="out of its $seconds s" ;;&
+        *)
+            tail -n 25 "$log"
+            say "--- $name: failed ($status)"
+            failed+=("$name ($status)")
+            ;;
+    esac
+}
+
+missing=()
+for module in torch triton numpy pytest setuptools pybind11; do
+    "$python" -c "import $module" 2>/dev/null || missing+=("the Python package $module")
+done
+for tool in cmake ninja c++; do
+    command -v "$tool" >/dev/null || missing+=("$tool")
+done
+command -v nvcc >/dev/null || [[ -x ${CUDA_HOME:-/usr/local/cuda}/bin/nvcc ]] || missing+=("nvcc")
+if ((${#missing[@]})); then
+    printf 'on_gpu.sh: %s is missing\n' "${missing[@]}" | tee -a "$log" >&2
+    exit 1
+fi
+
+stage device 30 "$python" -c '
+import torch
+assert torch.cuda.is_available(), "torch sees no CUDA device"
+print(torch.cuda.get_device_properties(0), "torch", torch.__version__)'
+if ((${#failed[@]})); then exit 1; fi
+
+# The machine's own architecture alone: the others are compiled, and their registers counted, where there is no device.
+export FNAC_CUDA=on CMAKE_CUDA_ARCHITECTURES=${CMAKE_CUDA_ARCHITECTURES:-native}
+stage build 150 "$python" setup.py build_ext --inplace
+stage info 30 "$python" -c '
+import fnac_kernels
+from fnac_kernels._info import render
+print(render())
+problems = fnac_kernels.info()["backends"]
+assert not problems["cuda"] and not problems["triton"], problems'
+
+tests=("$python" -m pytest -q --maxfail=10 -p no:cacheprovider)
+table=tests/test_backends.py
+stage table-cuda 90 "${tests[@]}" $table -k cuda
+stage device-tests 90 "${tests[@]}" tests/test_gpu.py
+small="cuda and fnac_loss and (17x17c33 or 33x33c48 or 5x5c40 or 19x19c70 or 10x10c24)"
+sanitized=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1) # or tensors lie wall to wall
+stage memcheck 60 "${sanitized[@]}" --tool memcheck "${tests[@]}" $table -k "$small"
+
+bench=("$python" -m bench --device cuda --memory-limit 64 --seconds 1.5)
+stage bench-batch 90 "${bench[@]}" --no-memory --ops fnac_loss --cases b32-7x7 published b1024-7x7 \
+    --dtypes float32 bfloat16 --backends compile triton cuda --out "$out/1-batch.json"
+stage bench-large 90 "${bench[@]}" --ops fnac_loss --cases b4096-7x7 b8192-7x7 --dtypes bfloat16 \
+    --backends triton cuda --out "$out/2-batch-large.json"
+
+# Triton compiles each of its many variants first; several processes at once where pytest-xdist is installed.
+if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 6); else workers=(); fi
+stage table-triton 120 "${tests[@]}" "${workers[@]}" $table -k triton
+stage racecheck 60 "${sanitized[@]}" --tool racecheck "${tests[@]}" $table -k "$small"
+stage bench-largest 60 "${bench[@]}" --no-memory --ops max_logits --cases b32768-7x7 --dtypes bfloat16 \
+    --backends triton cuda --out "$out/3-largest.json"
+stage operators 60 "${tests[@]}" "${workers[@]}" tests/test_ops.py -k "cuda and not compiled"
+
+if ((${#failed[@]})); then
+    say "on_gpu.sh: failed: $(printf '%s, ' "${failed[@]}" | sed 's/, $//')"
+    exit 1
+fi
+say "on_gpu.sh: all stages passed in $SECONDS s; results in $out"

@@ -1,0 +1,112 @@
+// What the forward and the backward pass of the adjacency terms share. A = a a'/tau, F and I are made a panel
+// of rows at a time, in workspace of bounded size that stays in L2: all of them at B <= 1024 or so, a share
+// of the rows beyond, so nothing of N x N is alive but the logits and their gradient. Each of the three is
+// computed once in each direction.
+#pragma once
+
+#include "cuda/products.cuh"
+
+namespace fnac::cuda {
+
+// Columns of row_stats: the log-sum-exps of A, F, I, L, and of L without the masked pairs, each as (maximum,
+// log of the sum) because their sum in float32 would cost the softmax two digits; then the row sums of s1
+// P_A, s2 P_A, s2 P_F, s3 P_I, s1 P_L, s3 P_L with s1 = sign(P_A - P_L), s2 = sign(P_A - P_F), s3 = sign(P_I
+// - P_L).
+enum Stat : int {
+    kLseA = 0,
+    kLseF = 2,
+    kLseI = 4,
+    kLseL = 6,
+    kLseKept = 8,
+    kS1A = 10,
+    kS2A,
+    kS2F,
+    kS3I,
+    kS1L,
+    kS3L,
+};
+
+// Which terms are wanted, and which matrices they read.
+struct Needs {
+    bool nce, s1, s2, s3, masked, a, f, i;
+    explicit Needs(const AdjacencyInputs& job)
+        : nce(job.weights[0] != 0),
+          s1(job.weights[1] != 0),
+          s2(job.weights[2] != 0),
+          s3(job.weights[3] != 0),
+          masked(nce && job.masked),
+          a(s1 || s2 || masked),
+          f(s2),
+          i(s3) {}
+    int matrices() const { return a + f + i; }
+};
+
+// Rows row0.. of A, F and I; null where not needed. Each may be in parts, to be added up.
+struct Panel {
+    float *a, *f, *i;
+    int64_t row0, rows;
+    int parts;
+    int64_t part_stride;
+
+    FNAC_DEVICE float sum(const float* element) const {
+        float total = *element;
+        for (int part = 1; part < parts; ++part) total += element[part * part_stride];
+        return total;
+    }
+};
+
+// How the rows are cut into panels, and panels into parts.
+struct PanelPlan {
+    static constexpr int64_t kBytes = 16 << 20;
+    static constexpr int64_t kTile = 64;     // of a product
+    static constexpr int64_t kBlocks = 192;  // of a product, aimed at by parts
+    static constexpr int64_t kMostParts = 8;
+
+    int64_t rows;
+    int64_t parts = 1;
+    int64_t matrix_floats, floats;
+
+    explicit PanelPlan(const AdjacencyInputs& job) {
+        const int64_t matrices = Needs(job).matrices();
+        const int64_t row_bytes = larger(matrices, 1) * job.n * static_cast<int64_t>(sizeof(float));
+        rows = smaller(job.n, larger(kBytes / row_bytes / kTile, 1) * kTile);
+        const int64_t side = ceil_div(job.n, kTile), blocks = larger(side * side * matrices, 1);
+        if (rows == job.n)
+            parts = larger(smaller(smaller(kBlocks / blocks, kMostParts), ceil_div(job.c, kTile)), 1);
+        matrix_floats = rows * job.n;
+        floats = matrices * parts * matrix_floats;
+    }
+    int64_t bytes() const { return floats * static_cast<int64_t>(sizeof(float)); }
+};
+
+// Calls body(panel) for the panels of all rows, filled.
+template <class Body>
+void for_panels(const AdjacencyInputs& job, float* memory, const Launch& where, const Body& body) {
+    const Needs needs(job);
+    const PanelPlan plan(job);
+    const int64_t part_stride = needs.matrices() * plan.matrix_floats;
+    for (int64_t row0 = 0; row0 < job.n; row0 += plan.rows) {
+        const int64_t rows = smaller(plan.rows, job.n - row0);
+        const int parts = static_cast<int>(plan.parts);
+        Products products{{}, 0, rows, job.n, job.c, true, job.scale, parts, part_stride};
+        const auto add = [&](bool needed, const float* features) -> float* {
+            if (!needed) return nullptr;
+            float* out = memory + products.count * plan.matrix_floats;
+            products.each[products.count++] = {features + row0 * job.c, features, out};
+            return out;
+        };
+        float *a = add(needs.a, job.aud), *f = add(needs.f, job.foreground), *i = add(needs.i, job.avg);
+        if (products.count > 0) multiply(products, where);
+        body(Panel{a, f, i, row0, rows, parts, part_stride});
+    }
+}
+
+// Whether pair (n, m) leaves the InfoNCE denominators; a carries the scale, as the threshold must.
+FNAC_DEVICE bool leaves(float a, float scaled_threshold, int64_t n, int64_t m) {
+    return n != m && a >= scaled_threshold;
+}
+
+// -1, 0 or 1; NaN stays NaN.
+FNAC_DEVICE float sign(float x) { return x > 0.f ? 1.f : x < 0.f ? -1.f : x; }
+
+}  // namespace fnac::cuda

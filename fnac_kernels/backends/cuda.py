@@ -1,0 +1,166 @@
+"""The primitives on CUDA tensors: allocate the outputs, enqueue the compiled kernels. Contracts: README.md.
+
+Everything runs on the tensors' device and its current stream, without waiting for it. Memory, workspace included, is of
+PyTorch's allocator, so a call can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fnac_kernels import _native
+
+_ROW_STATS = 16
+
+
+def _place(x: Tensor) -> tuple[tuple[int, int], Callable[[int], Tensor]]:
+    """Device and stream to launch on, and the allocator of workspace. CPU tensors are for the emulated kernels."""
+    device = x.device
+    # Of torch.cuda.current_stream(device) this is the handle alone, without the object around it.
+    where = (device.index, torch._C._cuda_getCurrentRawStream(device.index)) if x.is_cuda else (0, 0)
+    return where, functools.partial(torch.empty, dtype=torch.uint8, device=device)
+
+
+def _precision() -> int:
+    """Of products of float32: TensorFloat-32 where PyTorch is allowed bfloat16, otherwise exact."""
+    return int(torch.get_float32_matmul_precision() == "medium")
+
+
+def _floats(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def max_logits(img: Tensor, aud: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    shape = (img.shape[0], aud.shape[0])
+    logits, argmax = _floats(img, *shape), torch.empty(shape, dtype=torch.uint16, device=img.device)
+    _native.cuda().max_logits(
+        _native.image(img),
+        aud.data_ptr(),
+        aud.shape[0],
+        tau,
+        _precision(),
+        logits.data_ptr(),
+        argmax.data_ptr(),
+        *_place(img),
+    )
+    return logits, argmax
+
+
+def pool_pairs(
+    img: Tensor, aud: Tensor, tau: float, threshold: float, pooled: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, c, h, w = img.shape
+    rows = n if pooled else 0
+    maps, mask = _floats(img, n, h, w), torch.empty((rows, h, w), dtype=torch.bool, device=img.device)
+    img_avg, foreground = _floats(img, rows, c), _floats(img, rows, c)
+    outputs = (_native.address(x if pooled else None) for x in (mask, img_avg, foreground))
+    _native.cuda().pool(_native.image(img), aud.data_ptr(), tau, threshold, maps.data_ptr(), *outputs, *_place(img))
+    return maps, mask, img_avg, foreground
+
+
+def foreground_pool(img: Tensor, maps: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    n, c, h, w = img.shape
+    foreground, mask = _floats(img, n, c), torch.empty((n, h, w), dtype=torch.bool, device=img.device)
+    outputs = (mask.data_ptr(), 0, foreground.data_ptr())
+    _native.cuda().pool(_native.image(img), 0, 1.0, threshold, maps.data_ptr(), *outputs, *_place(img))
+    return foreground, mask
+
+
+def feature_backward(
+    img: Tensor,
+    aud: Tensor | None,
+    tau: float,
+    *,
+    grad_logits: Tensor | None,
+    argmax: Tensor | None,
+    grad_maps: Tensor | None,
+    mask: Tensor | None,
+    grad_avg: Tensor | None,
+    grad_foreground: Tensor | None,
+    need_img: bool,
+    need_aud: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    dimg = torch.empty_like(img) if need_img else None
+    daud = torch.empty_like(aud) if need_aud and aud is not None else None
+    sources = (grad_logits, argmax, grad_maps, mask, grad_avg, grad_foreground)
+    _native.cuda().feature_backward(
+        _native.image(img),
+        _native.address(aud),
+        0 if aud is None else aud.shape[0],
+        tau,
+        _precision(),
+        *map(_native.address, sources),
+        _native.address(dimg),
+        _native.address(daud),
+        *_place(img),
+    )
+    return dimg, daud
+
+
+def adjacency(
+    logits: Tensor,
+    aud: Tensor,
+    img_avg: Tensor,
+    foreground: Tensor,
+    tau: float,
+    weights: tuple[float, ...],
+    adjacency_threshold: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, c = aud.shape
+    row_stats, col_lse = _floats(logits, n, _ROW_STATS), _floats(logits, n)
+    loss, terms = _floats(logits), _floats(logits, 4)
+    _native.cuda().adjacency(
+        [x.data_ptr() for x in (logits, aud, img_avg, foreground)],
+        n,
+        c,
+        tau,
+        _precision(),
+        weights,
+        adjacency_threshold,
+        row_stats.data_ptr(),
+        col_lse.data_ptr(),
+        loss.data_ptr(),
+        terms.data_ptr(),
+        *_place(logits),
+    )
+    return loss, terms, row_stats, col_lse
+
+
+def adjacency_backward(
+    grad_loss: Tensor | None,
+    grad_terms: Tensor | None,
+    logits: Tensor,
+    aud: Tensor,
+    img_avg: Tensor,
+    foreground: Tensor,
+    row_stats: Tensor,
+    col_lse: Tensor,
+    tau: float,
+    weights: tuple[float, ...],
+    adjacency_threshold: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, c = aud.shape
+    inputs = (logits, aud, img_avg, foreground)
+    # A gradient that no wanted term reaches is not written by the kernels.
+    written = (True, weights[1] or weights[2], weights[3], weights[2])
+    grads = tuple(torch.empty_like(x) if w else torch.zeros_like(x) for x, w in zip(inputs, written, strict=True))
+    _native.cuda().adjacency_backward(
+        [x.data_ptr() for x in inputs],
+        n,
+        c,
+        tau,
+        _precision(),
+        weights,
+        adjacency_threshold,
+        row_stats.data_ptr(),
+        col_lse.data_ptr(),
+        _native.address(grad_loss),
+        _native.address(grad_terms),
+        [x.data_ptr() for x in grads],
+        *_place(logits),
+    )
+    return grads  # type: ignore[return-value]

@@ -1,0 +1,57 @@
+"""Every CUDA kernel as compiled for every chip: no spills, tensor cores where they belong, and the table's figures."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import cubin
+import cuda_resources
+import pytest
+
+from fnac_kernels import _native
+
+TABLE = Path(__file__).parent / "data" / "cuda_resources.txt"
+TESTED_WITH = "13.0.88"
+SHARED_LIMIT = 48 * 1024  # what a kernel may take without asking for more at launch
+CHIPS = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
+
+pytestmark = [
+    pytest.mark.skipif(
+        _native.problem() is not None or not hasattr(_native.module(), "cuda"), reason="built without CUDA"
+    ),
+    pytest.mark.skipif(not (cubin.cuobjdump() and shutil.which("c++filt")), reason="no cuobjdump or no c++filt here"),
+]
+
+
+@pytest.fixture(scope="module")
+def costs():
+    return cuda_resources.table(Path(str(_native.module().__file__)))
+
+
+def test_every_kernel_is_there_for_every_chip(costs):
+    chips = {name for name in _native.cuda_features()["architectures"] if name.startswith("sm_")}
+    kernels = {row.kernel for row in costs}
+    assert {row.chip for row in costs} == chips
+    assert len(costs) == len(chips) * len(kernels)
+
+
+def test_no_spills_and_shared_memory_within_the_limit(costs):
+    assert [row for row in costs if row.stack > 0 or row.shared > SHARED_LIMIT] == []
+
+
+def test_products_of_16_bit_and_tensor_float_32_run_on_the_tensor_cores(costs):
+    wanted = {"BFloat16": "HMMA.16816.F32.BF16", "Float16": "HMMA.16816.F32", "TensorFloat32": "HMMA.1688.F32.TF32"}
+    products = [(row, match[1]) for row in costs if (match := re.match(r"max_logits<TensorTile<(\w+)>", row.kernel))]
+    assert {operands for _, operands in products} == set(wanted)
+    for row, operands in products:
+        assert row.tensor_cores == wanted[operands], row
+
+
+def test_the_table_is_what_the_kernels_use(costs):
+    """After a change: ``python tests/cuda_resources.py > tests/data/cuda_resources.txt``, and look at the diff."""
+    compiler = _native.cuda_features()["compiler"]
+    if compiler != TESTED_WITH or {row.chip for row in costs} != CHIPS:
+        pytest.skip("the table was made with another nvcc or for other chips")
+    assert cubin.render(costs) == TABLE.read_text()
