@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def interpret(*command: str) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_CORETYPE": "Prescott"}
     return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
@@ -68,3 +68,24 @@ def test_a_kernel_that_cannot_run_says_which_and_what_would_serve():
     done = interpret("-c", BROKEN)
     assert "max_logits_kernel cannot run on this device: ValueError: out of resource: shared memory" in done.stdout
     assert "backend='cuda' or backend='reference' would serve" in done.stdout
+
+
+SWEEP = """
+import torch, fnac_kernels as fk
+from fnac_kernels.backends.triton import sweep, tuning
+img, aud = torch.randn(2, 16, 3, 3).bfloat16().requires_grad_(), torch.randn(2, 16).bfloat16().requires_grad_()
+for _ in range(2):
+    fk.max_logits(img, aud, backend="triton").sum().backward()
+line = tuning.TABLE[90]["max_logits"]
+assert all(len(list(sweep.neighbours(line))) <= 9 for line in tuning.TABLE[90].values())
+assert line not in list(sweep.neighbours(line))
+"""
+
+
+def test_the_sweep_prints_a_line_of_the_table_once_and_only_if_asked(monkeypatch):
+    assert "Blocks(" not in interpret("-c", SWEEP).stderr
+    monkeypatch.setenv("FNAC_TRITON_SWEEP", "1")
+    done = interpret("-c", SWEEP)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for kernel in ("max_logits", "image_gradient", "audio_share"):
+        assert done.stderr.count(f'"{kernel}": Blocks({{') == 1, done.stderr

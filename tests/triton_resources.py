@@ -1,7 +1,8 @@
 """``python tests/triton_resources.py > tests/data/triton_resources.txt``: what every Triton kernel costs on each chip.
 
 Kernels are compiled ahead of time, which needs no GPU; registers, stack and shared memory are read from the binary with
-the cuobjdump that comes with Triton. Stack is where spilled registers go.
+the cuobjdump that comes with Triton. Stack is where spilled registers go. ``programs`` is how many fit on a
+multiprocessor, ``warps`` how many warps that makes.
 """
 
 from __future__ import annotations
@@ -9,22 +10,37 @@ from __future__ import annotations
 import importlib
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import cubin
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fnac_kernels.backends.triton import tuning
+from fnac_kernels.backends.triton.tuning import TABLE, Blocks
 
-CAPABILITIES = (80, 90, 100)
+#: Kilobytes of shared memory a multiprocessor, and threads.
+CHIPS = {80: (164, 2048), 86: (100, 1536), 90: (228, 2048), 100: (228, 2048)}
 CELLS = 49
-SIZES = ("N", "M", "C", "P", "stride_c", "stride_p")
+SIZES = ("N", "M", "C", "P", "stride_c", "stride_p", "images", "splits", "slots", "tiles", "row0", "rows")
 NUMBERS = ("scale", "threshold", "w0", "w1", "w2", "w3")
 DISTANCES = {"S1": True, "S2": True, "S3": True}
+TERMS = {"NCE": True, **DISTANCES, "MASKED": True}
 GRADIENTS = {"LOSS": True, "TERMS": True}
+NCHW, CHANNELS_LAST = {"stride_p": 1}, {"stride_c": 1}
+
+
+class Variant(NamedTuple):
+    """A kernel as it is launched: its tile sizes and the arguments that are constants."""
+
+    name: str
+    kernel: Any
+    blocks: Blocks
+    constants: dict[str, Any]
 
 
 class Cost(NamedTuple):
@@ -36,6 +52,8 @@ class Cost(NamedTuple):
     registers: int
     stack: int
     shared: int
+    programs: int
+    warps: int
     tensor_cores: str
 
 
@@ -43,73 +61,106 @@ def _module(name: str) -> Any:
     return importlib.import_module(f"fnac_kernels.backends.triton.{name}")
 
 
-def variants(dtype: str) -> Iterator[tuple[str, Any, tuning.Blocks, dict[str, Any]]]:
-    """Name, kernel, blocks and constants of the kernels that read features, and for float32 of all others."""
-    precision = {"PRECISION": "ieee" if dtype == "fp32" else "tf32"}
-    both = {"LOGITS": True, "MAPS": True}
-    logits, pooling, backward, terms = map(_module, ("max_logits", "pooling", "feature_backward", "adjacency"))
-    yield (
-        "max_logits",
-        logits.max_logits_kernel,
-        tuning.max_logits(CELLS, wide=dtype == "fp32"),
-        {**precision, "WIDEN": False},
-    )
-    yield "map", pooling.map_kernel, tuning.pooling(CELLS), {}
-    yield "pool", pooling.pool_kernel, tuning.pooling(CELLS), {"HAS_AVG": True}
-    image = {**both, "AVG": True, "FOREGROUND": True, **precision}
-    yield "image_gradient", backward.image_gradient_kernel, tuning.image_gradient(CELLS), image
-    yield "audio_gradient", backward.audio_gradient_kernel, tuning.audio_gradient(CELLS), {**both, **precision}
-    if dtype != "fp32":
+def variants(capability: int, dtype: str) -> Iterator[Variant]:
+    """The kernels that read features of this dtype; with float32 also those that read none."""
+    table = TABLE[capability]
+    wide = dtype == "fp32"
+    precision = {"PRECISION": "tf32x3" if wide else "tf32"}
+    product = {"PRODUCT": tl.bfloat16 if dtype == "bf16" else tl.float32, "WIDEN": False, **precision}
+    logits, pooling = _module("max_logits"), _module("pooling")
+    for name in ("max_logits_float32",) if wide else ("max_logits", "max_logits_small"):
+        for cells in (CELLS, 196):
+            blocks = tuning.fit_max_logits(table[name], cells)
+            yield Variant(f"{name} {cells}", logits.max_logits_kernel, blocks, {**precision, "WIDEN": False})
+    for layout, stride in (("nchw", NCHW), ("nhwc", CHANNELS_LAST)):
+        whole = tuning.whole_image(CELLS)
+        yield Variant(f"image {layout}", pooling.image_kernel, whole, {**stride, "MAPS": True, "AVG": True})
+        yield Variant(f"map {layout}", pooling.map_kernel, tuning.map_cells(CELLS), stride)
+        yield Variant(f"pool {layout}", pooling.pool_kernel, tuning.pool_channels(CELLS), {**stride, "AVG": True})
+        everything = {"LOGITS": True, "MAPS": True, "AVG": True, "FOREGROUND": True, **product, **stride}
+        bfloat16 = ("image_gradient", "image_gradient_small")
+        for name in bfloat16 if dtype == "bf16" else ("image_gradient_float32",):
+            blocks = tuning.fit_image_gradient(table[name], CELLS)
+            yield Variant(f"{name} {layout}", _module("image_gradient").image_gradient_kernel, blocks, everything)
+    audio = _module("audio_gradient")
+    if dtype == "bf16":
+        blocks = tuning.fit_audio_share(table["audio_share"], CELLS)
+        yield Variant("audio_share", audio.audio_share_kernel, blocks, {"GATHER": False, **product})
+    blocks = table["audio_share_gather"]
+    yield Variant("audio_share_gather", audio.audio_share_kernel, blocks, {"GATHER": True, **product})
+    yield Variant("audio_gradient", audio.audio_gradient_kernel, tuning.audio_gradient(), {"MAPS": True})
+    if not wide:
         return
-    forward = {"NCE": True, **DISTANCES, "MASKED": True, **precision}
-    yield "adjacency", terms.forward_kernel, tuning.adjacency(), forward
-    yield "finish", terms.finish_kernel, tuning.Blocks({"BLOCK": 256}, 4, 3), {"NCE": True, **DISTANCES}
-    logit = {**GRADIENTS, "NCE": True, "S1": True, "S3": True, "MASKED": True, **precision}
-    yield "logit_gradient", terms.logit_gradient_kernel, tuning.adjacency_gradient(), logit
-    for which in "afi":
-        constants = {"WHICH": which, **GRADIENTS, **DISTANCES, **precision}
-        yield f"feature_gradient_{which}", terms.feature_gradient_kernel, tuning.adjacency_gradient(), constants
+    forward, backward, rows = _module("adjacency"), _module("adjacency_backward"), tuning.adjacency_rows()
+    for name in ("adjacency", "adjacency_small"):
+        size, blocks = name.removeprefix("adjacency"), table[name]
+        yield Variant(f"statistics{size}", forward.statistics_kernel, blocks, {**TERMS, **precision})
+        yield Variant(f"distances{size}", forward.distances_kernel, blocks, {**DISTANCES, **precision})
+    weights = {**TERMS, **GRADIENTS, **precision}
+    yield Variant("weights", backward.weights_kernel, table["adjacency_weights"], weights)
+    yield Variant("features", backward.features_kernel, table["adjacency_features"], {**DISTANCES, **precision})
+    yield Variant("collect", forward.collect_kernel, rows, TERMS)
+    yield Variant("finish", forward.finish_kernel, rows, {"NCE": True, **DISTANCES})
 
 
-def cost(capability: int, dtype: str, name: str, kernel: Any, blocks: tuning.Blocks, constants: dict[str, Any]) -> Cost:
-    """Compile one variant, with the divisibility of C = 512 and of allocated tensors, and read what it uses."""
-    constants = constants | blocks.sizes
+def compiled(capability: int, dtype: str, variant: Variant) -> Any:
+    """Compile with the divisibility of C = 512 and of allocated tensors."""
+    constants = variant.constants | variant.blocks.sizes
     features = f"*{dtype}"
-    pointers = {"img": features, "aud": features, "dimg": features, "daud": features, "argmax": "*u16", "mask": "*i8"}
+    pointers = {"img": features, "dimg": features, "daud": features, "argmax": "*u16", "mask": "*i8"}
+    if "avg" not in variant.kernel.arg_names or variant.kernel.__name__ in ("image_kernel", "map_kernel"):
+        pointers["aud"] = features
+    if variant.kernel.__name__ == "features_kernel":
+        pointers["daud"] = "*fp32"
 
     def kind(argument: str) -> str:
         if argument in constants:
             return "constexpr"
         return "i32" if argument in SIZES else "fp32" if argument in NUMBERS else pointers.get(argument, "*fp32")
 
-    signature = {argument: kind(argument) for argument in kernel.arg_names}
+    signature = {argument: kind(argument) for argument in variant.kernel.arg_names}
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, (argument, type_) in enumerate(signature.items())
         if type_.startswith("*") or argument == "C"
     }
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, aligned),
+    return triton.compile(
+        ASTSource(variant.kernel, signature, constants, aligned),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": blocks.num_warps, "num_stages": blocks.num_stages},
+        options={name: value for name, value in variant.blocks.options.items() if name not in variant.blocks.sizes},
     )
+
+
+def cost(capability: int, dtype: str, variant: Variant) -> Cost:
+    """Compile, and read what the binary uses."""
+    binary = compiled(capability, dtype, variant)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(compiled.asm["cubin"])
+        Path(file.name).write_bytes(binary.asm["cubin"])
         (used,) = cubin.usage(Path(file.name))
-    instructions = [i for i in ("mma.sync", "wgmma", "tcgen05.mma") if i in compiled.asm["ptx"]]
+    instructions = [i for i in ("mma.sync", "wgmma", "tcgen05.mma") if i in binary.asm["ptx"]]
+    warps, shared = variant.blocks.num_warps, binary.metadata.shared
+    programs = resident(capability, used.registers, shared, warps)
     return Cost(
-        capability, dtype, name, used.registers, used.stack, compiled.metadata.shared, " ".join(instructions) or "-"
+        capability, dtype, variant.name, used.registers, used.stack, shared, programs, programs * warps,
+        " ".join(instructions) or "-",
+    )  # fmt: skip
+
+
+def resident(capability: int, registers: int, shared: int, warps: int) -> int:
+    """Programs that a multiprocessor holds: 64 K registers, given out by eights a thread; 1 KB of shared memory is
+    taken by the system for each program.
+    """
+    kilobytes, threads = CHIPS[capability]
+    return min(
+        65536 // (-(-registers // 8) * 8 * 32 * warps), kilobytes * 1024 // (shared + 1024), threads // (32 * warps), 32
     )
 
 
-def table() -> list[Cost]:
+def table(capabilities: tuple[int, ...] = tuple(CHIPS)) -> list[Cost]:
     """All variants on all chips."""
-    return [
-        cost(capability, dtype, *variant)
-        for capability in CAPABILITIES
-        for dtype in ("fp32", "bf16", "fp16")
-        for variant in variants(dtype)
-    ]
+    wanted = [(c, d, v) for c in capabilities for d in ("fp32", "bf16", "fp16") for v in variants(c, d)]
+    with ThreadPoolExecutor(2) as pool:  # most of the time is ptxas, a process of its own
+        return list(pool.map(lambda each: cost(*each), wanted))
 
 
 if __name__ == "__main__":

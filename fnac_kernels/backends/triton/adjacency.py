@@ -1,9 +1,8 @@
-"""The contrastive and adjacency terms, and their gradients, in tiles of N x N that are recomputed and never kept.
+"""The contrastive and adjacency terms, in tiles: log-sum-exps first, then the differences of the softmaxes.
 
-The columns of ``row_stats``: log-sum-exps of A, F, I, L, and of L without the masked pairs, each as (maximum, log of
-the sum), because their float32 sum would cost the softmax two digits; then the row sums of s1 P_A, s2 P_A, s2 P_F,
-s3 P_I, s1 P_L, s3 P_L with s1 = sign(P_A - P_L), s2 = sign(P_A - P_F), s3 = sign(P_I - P_L).
-Source: the formulas in ``fnac_kernels/README.md``.
+Programs own tiles rather than rows, so that a small batch fills the device, and of the symmetric matrices only tiles
+on and above the diagonal, each of which serves two. What they add up for a row lies in ``partials`` by block of
+columns ("slot") and is added in that order, by one program.
 """
 
 from __future__ import annotations
@@ -14,308 +13,249 @@ import triton.language as tl
 from torch import Tensor
 
 from fnac_kernels.backends.triton import tuning
+from fnac_kernels.backends.triton.adjacency_tiles import (
+    LSE_A,
+    LSE_F,
+    LSE_I,
+    LSE_KEPT,
+    LSE_L,
+    ROW_STATS,
+    S1A,
+    S1L,
+    S2A,
+    S2F,
+    S3I,
+    S3L,
+    along,
+    flags,
+    floats,
+    gram,
+    leaves_denominators,
+    logit_tile,
+    rows_and_columns,
+    scaled_threshold,
+    sign,
+    softmax,
+)  # fmt: skip
 from fnac_kernels.backends.triton.launch import on, precision, run
 
-ROW_STATS = 16
-LSE_A, LSE_F, LSE_I, LSE_L, LSE_KEPT = (tl.constexpr(column) for column in (0, 2, 4, 6, 8))
-S1A, S2A, S2F, S3I, S1L, S3L = (tl.constexpr(column) for column in range(10, 16))
-STATS = tl.constexpr(ROW_STATS)
+#: Planes of the first kernel's partials: (maximum, sum of exp) of A, F, I, L, kept L at LSE_A .., then of L's columns.
+LSE_COLUMN = tl.constexpr(10)
+LSE_PLANES = tl.constexpr(12)
+#: Planes of the second kernel's partials: the row sums, in the order of row_stats from S1A on.
+SUM_PLANES = tl.constexpr(6)
 
 
 @triton.jit
-def gram(
-    x, n, m, N, C, scale,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+def put(partials, plane, row, N, value):
+    tl.store(partials + plane.to(tl.int64) * N + row, value, mask=row < N)
+
+
+@triton.jit
+def put_lse(partials, slot, row, N, tile, COLUMN: tl.constexpr, AXIS: tl.constexpr):
+    """Maximum and sum of exp along an axis of the tile; of an axis of -inf the sum is 0."""
+    high = tl.max(tile, axis=AXIS)
+    shift = tl.where(high == float("-inf"), 0.0, high)
+    plane = slot * LSE_PLANES + COLUMN
+    put(partials, plane, row, N, high)
+    put(partials, plane + 1, row, N, tl.sum(tl.exp(tile - along(shift, AXIS)), axis=AXIS))
+
+
+@triton.jit
+def put_logits(
+    partials, logits, leaves, n, m, i, j, N, NCE: tl.constexpr, MASKED: tl.constexpr, AXIS: tl.constexpr
 ):  # fmt: skip
-    """``<x[n], x[m]> * scale`` of a tile; -inf beyond the last column, so that its exp is 0."""
-    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for c0 in range(0, C, BLOCK_C):
-        c = c0 + tl.arange(0, BLOCK_C)
-        rows = tl.load(
-            x + n[:, None].to(tl.int64) * C + c[None, :], mask=(n[:, None] < N) & (c[None, :] < C), other=0.0
-        )
-        columns = tl.load(
-            x + m[None, :].to(tl.int64) * C + c[:, None], mask=(m[None, :] < N) & (c[:, None] < C), other=0.0
-        )
-        total = tl.dot(rows, columns, total, input_precision=PRECISION)
-    return tl.where(m[None, :] < N, total * scale, float("-inf"))
-
-
-@triton.jit
-def logit_tile(logits, n, m, N):
-    """``logits[n, m]``; -inf beyond the last column."""
-    tile = tl.load(
-        logits + n[:, None].to(tl.int64) * N + m[None, :], mask=(n[:, None] < N) & (m[None, :] < N), other=0.0
-    )
-    return tl.where(m[None, :] < N, tile, float("-inf"))
-
-
-@triton.jit
-def transposed_logit_tile(logits, n, m, N):
-    """``logits[m, n]``; -inf beyond the last m."""
-    tile = tl.load(
-        logits + m[None, :].to(tl.int64) * N + n[:, None], mask=(n[:, None] < N) & (m[None, :] < N), other=0.0
-    )
-    return tl.where(m[None, :] < N, tile, float("-inf"))
-
-
-@triton.jit
-def add_exp(high, total, tile):
-    """One more tile of an online log-sum-exp over rows."""
-    higher = tl.maximum(high, tl.max(tile, axis=1))
-    return higher, total * tl.exp(high - higher) + tl.sum(tl.exp(tile - higher[:, None]), axis=1)
-
-
-@triton.jit
-def store_lse(stats, n, N, COLUMN: tl.constexpr, high, total):
-    tl.store(stats + n * STATS + COLUMN, high, mask=n < N)
-    tl.store(stats + n * STATS + COLUMN + 1, tl.log(total), mask=n < N)
-
-
-@triton.jit
-def row_softmax(tile, stats, n, N, COLUMN: tl.constexpr):
-    """The row softmax of a tile whose rows are n."""
-    high = tl.load(stats + n * STATS + COLUMN, mask=n < N, other=0.0)
-    log = tl.load(stats + n * STATS + COLUMN + 1, mask=n < N, other=0.0)
-    return tl.exp(tile - high[:, None] - log[:, None])
-
-
-@triton.jit
-def column_softmax(tile, stats, m, N, COLUMN: tl.constexpr):
-    """The transpose of the row softmax, of a symmetric matrix's tile or a transposed one: row m's at column n."""
-    high = tl.load(stats + m * STATS + COLUMN, mask=m < N, other=0.0)
-    log = tl.load(stats + m * STATS + COLUMN + 1, mask=m < N, other=0.0)
-    return tl.exp(tile - high[None, :] - log[None, :])
-
-
-@triton.jit
-def stat(stats, n, N, COLUMN: tl.constexpr):
-    return tl.load(stats + n * STATS + COLUMN, mask=n < N, other=0.0)
-
-
-@triton.jit
-def sign(x):
-    """-1, 0 or 1; NaN stays NaN."""
-    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))
-
-
-@triton.jit
-def forward_kernel(
-    logits, aud, avg, fore, stats, col_lse, row_terms, N, C, scale, threshold,
-    NCE: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Statistics, column log-sum-exps and the rows' shares of the terms, for BLOCK_N rows (and as many columns)."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    low = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-    zero = tl.zeros((BLOCK_N,), tl.float32)
-    high_a, high_f, high_i, high_l, high_kept, high_col = low, low, low, low, low, low
-    sum_a, sum_f, sum_i, sum_l, sum_kept, sum_col = zero, zero, zero, zero, zero, zero
-    for m0 in range(0, N, BLOCK_M):
-        m = m0 + tl.arange(0, BLOCK_M)
-        kept = logit_tile(logits, n, m, N)
-        high_l, sum_l = add_exp(high_l, sum_l, kept)
-        if S1 or S2 or MASKED:
-            a = gram(aud, n, m, N, C, scale, PRECISION, BLOCK_N, BLOCK_M, BLOCK_C)
-            high_a, sum_a = add_exp(high_a, sum_a, a)
-        if S2:
-            f = gram(fore, n, m, N, C, scale, PRECISION, BLOCK_N, BLOCK_M, BLOCK_C)
-            high_f, sum_f = add_exp(high_f, sum_f, f)
-        if S3:
-            i = gram(avg, n, m, N, C, scale, PRECISION, BLOCK_N, BLOCK_M, BLOCK_C)
-            high_i, sum_i = add_exp(high_i, sum_i, i)
-        if NCE:
-            columns = transposed_logit_tile(logits, n, m, N)
-            if MASKED:
-                leaves = (a >= threshold * scale) & (n[:, None] != m[None, :])
-                kept = tl.where(leaves, float("-inf"), kept)
-                columns = tl.where(leaves, float("-inf"), columns)
-            high_kept, sum_kept = add_exp(high_kept, sum_kept, kept)
-            high_col, sum_col = add_exp(high_col, sum_col, columns)
-    store_lse(stats, n, N, LSE_A, high_a, sum_a)
-    store_lse(stats, n, N, LSE_F, high_f, sum_f)
-    store_lse(stats, n, N, LSE_I, high_i, sum_i)
-    store_lse(stats, n, N, LSE_L, high_l, sum_l)
-    store_lse(stats, n, N, LSE_KEPT, high_kept, sum_kept)
-    tl.store(col_lse + n, high_col + tl.log(sum_col), mask=n < N)
+    tile = logit_tile(logits, n, m, N, AXIS)
+    if AXIS == 1:
+        row, row_slot, column, column_slot = n, j, m, i
+    else:
+        row, row_slot, column, column_slot = m, i, n, j
+    put_lse(partials, row_slot, row, N, tile, LSE_L, AXIS)
+    if MASKED:
+        tile = tl.where(leaves, float("-inf"), tile)
+        put_lse(partials, row_slot, row, N, tile, LSE_KEPT, AXIS)
     if NCE:
-        positive = tl.load(logits + n.to(tl.int64) * N + n, mask=n < N, other=0.0)
-        entropy = (high_kept - positive) + tl.log(sum_kept) + (high_col - positive) + tl.log(sum_col)
-        tl.store(row_terms + n * 4, entropy, mask=n < N)
-    # The second pass reads the statistics from registers: they are this program's own rows.
-    term1, term2, term3 = zero, zero, zero
-    s1a, s2a, s2f, s3i, s1l, s3l = zero, zero, zero, zero, zero, zero
-    if S1 or S2 or S3:
-        for m0 in range(0, N, BLOCK_M):
-            m = m0 + tl.arange(0, BLOCK_M)
-            if S1 or S2:
-                a = gram(aud, n, m, N, C, scale, PRECISION, BLOCK_N, BLOCK_M, BLOCK_C)
-                pa = tl.exp(a - high_a[:, None] - tl.log(sum_a)[:, None])
-            if S1 or S3:
-                pl = tl.exp(logit_tile(logits, n, m, N) - high_l[:, None] - tl.log(sum_l)[:, None])
-            if S1:
-                s1 = sign(pa - pl)
-                term1 += tl.sum(tl.abs(pa - pl), axis=1)
-                s1a += tl.sum(s1 * pa, axis=1)
-                s1l += tl.sum(s1 * pl, axis=1)
-            if S2:
-                f = gram(fore, n, m, N, C, scale, PRECISION, BLOCK_N, BLOCK_M, BLOCK_C)
-                pf = tl.exp(f - high_f[:, None] - tl.log(sum_f)[:, None])
-                s2 = sign(pa - pf)
-                term2 += tl.sum(tl.abs(pa - pf), axis=1)
-                s2a += tl.sum(s2 * pa, axis=1)
-                s2f += tl.sum(s2 * pf, axis=1)
-            if S3:
-                i = gram(avg, n, m, N, C, scale, PRECISION, BLOCK_N, BLOCK_M, BLOCK_C)
-                pi = tl.exp(i - high_i[:, None] - tl.log(sum_i)[:, None])
-                s3 = sign(pi - pl)
-                term3 += tl.sum(tl.abs(pi - pl), axis=1)
-                s3i += tl.sum(s3 * pi, axis=1)
-                s3l += tl.sum(s3 * pl, axis=1)
-    tl.store(row_terms + n * 4 + 1, term1, mask=n < N)
-    tl.store(row_terms + n * 4 + 2, term2, mask=n < N)
-    tl.store(row_terms + n * 4 + 3, term3, mask=n < N)
-    tl.store(stats + n * STATS + S1A, s1a, mask=n < N)
-    tl.store(stats + n * STATS + S2A, s2a, mask=n < N)
-    tl.store(stats + n * STATS + S2F, s2f, mask=n < N)
-    tl.store(stats + n * STATS + S3I, s3i, mask=n < N)
-    tl.store(stats + n * STATS + S1L, s1l, mask=n < N)
-    tl.store(stats + n * STATS + S3L, s3l, mask=n < N)
+        put_lse(partials, column_slot, column, N, tile, LSE_COLUMN, 1 - AXIS)
+
+
+@triton.jit(do_not_specialize=["N"])
+def statistics_kernel(
+    logits, aud, avg, fore, partials, N, C, scale, threshold,
+    NCE: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """What a tile gives to the log-sum-exps of its rows and, transposed, of its columns."""
+    i, j, n, m = rows_and_columns(tl.program_id(0), BLOCK)
+    leaves = n[:, None] < 0
+    if S1 or S2 or MASKED:
+        a = gram(aud, n, m, N, C, scale, PRECISION, BLOCK, BLOCK_C)
+        if S1 or S2:
+            put_lse(partials, j, n, N, a, LSE_A, 1)
+            if i < j:
+                put_lse(partials, i, m, N, a, LSE_A, 0)
+        if MASKED:
+            leaves = leaves_denominators(a, n, m, threshold)
+    if S2:
+        f = gram(fore, n, m, N, C, scale, PRECISION, BLOCK, BLOCK_C)
+        put_lse(partials, j, n, N, f, LSE_F, 1)
+        if i < j:
+            put_lse(partials, i, m, N, f, LSE_F, 0)
+    if S3:
+        v = gram(avg, n, m, N, C, scale, PRECISION, BLOCK, BLOCK_C)
+        put_lse(partials, j, n, N, v, LSE_I, 1)
+        if i < j:
+            put_lse(partials, i, m, N, v, LSE_I, 0)
+    put_logits(partials, logits, leaves, n, m, i, j, N, NCE, MASKED, 1)
+    if i < j:
+        put_logits(partials, logits, leaves, n, m, i, j, N, NCE, MASKED, 0)
 
 
 @triton.jit
+def collected_lse(partials, slots, row, N, COLUMN: tl.constexpr):
+    """Maximum and log of the sum over all slots."""
+    high = tl.full(row.shape, float("-inf"), tl.float32)
+    total = tl.zeros(row.shape, tl.float32)
+    at = partials + COLUMN * N + row
+    for slot in range(0, slots):
+        plane = tl.cast(slot, tl.int64) * LSE_PLANES * N
+        more = tl.load(at + plane, mask=row < N, other=0.0)
+        higher = tl.maximum(high, more)
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        share = tl.load(at + plane + N, mask=row < N, other=0.0)
+        total = total * tl.exp(high - shift) + share * tl.exp(more - shift)
+        high = higher
+    return high, tl.log(total)
+
+
+@triton.jit(do_not_specialize=["N", "slots"])
+def collect_kernel(
+    partials, logits, stats, col_lse, entropies, N, slots,
+    NCE: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The log-sum-exps of BLOCK rows and columns, and the rows' shares of the InfoNCE."""
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = stats + n
+    if S1 or S2:
+        high, log = collected_lse(partials, slots, n, N, LSE_A)
+        tl.store(row + LSE_A * N, high, mask=n < N)
+        tl.store(row + (LSE_A + 1) * N, log, mask=n < N)
+    if S2:
+        high, log = collected_lse(partials, slots, n, N, LSE_F)
+        tl.store(row + LSE_F * N, high, mask=n < N)
+        tl.store(row + (LSE_F + 1) * N, log, mask=n < N)
+    if S3:
+        high, log = collected_lse(partials, slots, n, N, LSE_I)
+        tl.store(row + LSE_I * N, high, mask=n < N)
+        tl.store(row + (LSE_I + 1) * N, log, mask=n < N)
+    high, log = collected_lse(partials, slots, n, N, LSE_L)
+    tl.store(row + LSE_L * N, high, mask=n < N)
+    tl.store(row + (LSE_L + 1) * N, log, mask=n < N)
+    if NCE:
+        if MASKED:
+            high, log = collected_lse(partials, slots, n, N, LSE_KEPT)
+        tl.store(row + LSE_KEPT * N, high, mask=n < N)
+        tl.store(row + (LSE_KEPT + 1) * N, log, mask=n < N)
+        column_high, column_log = collected_lse(partials, slots, n, N, LSE_COLUMN)
+        tl.store(col_lse + n, column_high + column_log, mask=n < N)
+        positive = tl.load(logits + n.to(tl.int64) * N + n, mask=n < N, other=0.0)
+        tl.store(entropies + n, (high - positive) + log + (column_high - positive) + column_log, mask=n < N)
+
+
+@triton.jit
+def difference(
+    partials, x, y, stats, row, slot, N,
+    X: tl.constexpr, Y: tl.constexpr, SX: tl.constexpr, SY: tl.constexpr, AXIS: tl.constexpr,
+):  # fmt: skip
+    """The sum of ``|P_X - P_Y|`` over a tile; its row sums of sign times softmax go to ``partials``."""
+    px = softmax(x, stats, row, N, X, AXIS)
+    py = softmax(y, stats, row, N, Y, AXIS)
+    s = sign(px - py)
+    put(partials, slot * SUM_PLANES + (SX - S1A), row, N, tl.sum(s * px, axis=AXIS))
+    put(partials, slot * SUM_PLANES + (SY - S1A), row, N, tl.sum(s * py, axis=AXIS))
+    return tl.sum(tl.abs(px - py))
+
+
+@triton.jit(do_not_specialize=["N"])
+def distances_kernel(
+    logits, aud, avg, fore, stats, partials, tile_terms, N, C, scale,
+    S1: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A tile of the three distances, and its transpose. One distance after the other: few tiles are alive at a time."""
+    i, j, n, m = rows_and_columns(tl.program_id(0), BLOCK)
+    out = tile_terms + tl.program_id(0) * 3
+    if S1 or S3:
+        logit, transposed = logit_tile(logits, n, m, N, 1), logit_tile(logits, n, m, N, 0)
+    if S3:
+        v = gram(avg, n, m, N, C, scale, PRECISION, BLOCK, BLOCK_C)
+        total = difference(partials, v, logit, stats, n, j, N, LSE_I, LSE_L, S3I, S3L, 1)
+        if i < j:
+            total += difference(partials, v, transposed, stats, m, i, N, LSE_I, LSE_L, S3I, S3L, 0)
+        tl.store(out + 2, total)
+    if S1 or S2:
+        a = gram(aud, n, m, N, C, scale, PRECISION, BLOCK, BLOCK_C)
+    if S1:
+        total = difference(partials, a, logit, stats, n, j, N, LSE_A, LSE_L, S1A, S1L, 1)
+        if i < j:
+            total += difference(partials, a, transposed, stats, m, i, N, LSE_A, LSE_L, S1A, S1L, 0)
+        tl.store(out, total)
+    if S2:
+        f = gram(fore, n, m, N, C, scale, PRECISION, BLOCK, BLOCK_C)
+        total = difference(partials, a, f, stats, n, j, N, LSE_A, LSE_F, S2A, S2F, 1)
+        if i < j:
+            total += difference(partials, a, f, stats, m, i, N, LSE_A, LSE_F, S2A, S2F, 0)
+        tl.store(out + 1, total)
+
+
+@triton.jit
+def ordered_sum(x, count, stride, BLOCK: tl.constexpr):
+    """The float64 sum of ``count`` float32 values."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    for k0 in range(0, count, BLOCK):
+        k = k0 + tl.arange(0, BLOCK)
+        total += tl.load(x + k.to(tl.int64) * stride, mask=k < count, other=0.0).to(tl.float64)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit(do_not_specialize=["N", "slots", "tiles"])
 def finish_kernel(
-    row_terms, losses, N, w0, w1, w2, w3,
+    partials, tile_terms, entropies, stats, loss, terms, N, slots, tiles, w0, w1, w2, w3,
     NCE: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Means of the rows' shares in order, and their weighted sum: losses = (loss, nce, fns_audio, tne, fns_visual)."""
-    t = tl.arange(0, 4)
-    wanted = ((t == 0) & NCE) | ((t == 1) & S1) | ((t == 2) & S2) | ((t == 3) & S3)
-    total = tl.zeros((4,), tl.float64)
-    for n0 in range(0, N, BLOCK):
-        n = n0 + tl.arange(0, BLOCK)
-        rows = tl.load(row_terms + n[:, None] * 4 + t[None, :], mask=(n[:, None] < N) & wanted[None, :], other=0.0)
-        total += tl.sum(rows.to(tl.float64), axis=0)
-    means = total / tl.where(t == 0, 1.0, N * 1.0) / N
-    weights = tl.where(t == 0, w0, tl.where(t == 1, w1, tl.where(t == 2, w2, w3)))
-    # Not a product where the weight is 0: 0 times infinity is not 0.
-    tl.store(losses + 1 + t, means.to(tl.float32))
-    tl.store(losses, tl.sum(tl.where(wanted, weights * means, 0.0), axis=0).to(tl.float32))
-
-
-@triton.jit
-def term_gradient(grad_loss, grad_terms, weight, TERM: tl.constexpr, LOSS: tl.constexpr, TERMS: tl.constexpr):
-    """The gradient that reaches a wanted term, from the loss and directly."""
-    gradient = 0.0
-    if LOSS:
-        gradient += tl.load(grad_loss) * weight
-    if TERMS:
-        gradient += tl.load(grad_terms + TERM)
-    return gradient
-
-
-@triton.jit
-def logit_gradient_kernel(
-    grad_loss, grad_terms, w0, w1, w3, logits, aud, avg, stats, col_lse, dlogits, N, C, scale, threshold,
-    LOSS: tl.constexpr, TERMS: tl.constexpr,
-    NCE: tl.constexpr, S1: tl.constexpr, S3: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """A tile of dL."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    logit = logit_tile(logits, n, m, N)
-    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    if S1 or MASKED:
-        a = gram(aud, n, m, N, C, scale, PRECISION, BLOCK_N, BLOCK_M, BLOCK_C)
-    if S1 or S3:
-        pl = row_softmax(logit, stats, n, N, LSE_L)
+    """The row sums of BLOCK rows; the last program: the means and their weighted sum."""
+    block = tl.program_id(0)
+    if block * BLOCK < N:
+        if S1 or S2 or S3:
+            n = block * BLOCK + tl.arange(0, BLOCK)
+            plane = tl.arange(0, 8)
+            wanted = (n[:, None] < N) & (plane[None, :] < SUM_PLANES)
+            sums = tl.zeros((BLOCK, 8), tl.float32)
+            for slot in range(0, slots):
+                at = (tl.cast(slot, tl.int64) * SUM_PLANES + plane[None, :]) * N + n[:, None]
+                sums += tl.load(partials + at, mask=wanted, other=0.0)
+            tl.store(stats + (S1A + plane[None, :]) * N + n[:, None], sums, mask=wanted)
+    else:
+        # A term of weight 0 has no part in the sum, not 0 times what may be infinite.
+        zero = tl.cast(0.0, tl.float64)
+        nce, fns_audio, tne, fns_visual, total = zero, zero, zero, zero, zero
+        if NCE:
+            nce = ordered_sum(entropies, N, 1, BLOCK) / N
+            total += w0 * nce
         if S1:
-            g1 = term_gradient(grad_loss, grad_terms, w1, 1, LOSS, TERMS)
-            s1 = sign(row_softmax(a, stats, n, N, LSE_A) - pl)
-            total += g1 * (stat(stats, n, N, S1L)[:, None] - s1)
+            fns_audio = ordered_sum(tile_terms, tiles, 3, BLOCK) / N / N
+            total += w1 * fns_audio
+        if S2:
+            tne = ordered_sum(tile_terms + 1, tiles, 3, BLOCK) / N / N
+            total += w2 * tne
         if S3:
-            i = gram(avg, n, m, N, C, scale, PRECISION, BLOCK_N, BLOCK_M, BLOCK_C)
-            g3 = term_gradient(grad_loss, grad_terms, w3, 3, LOSS, TERMS)
-            s3 = sign(row_softmax(i, stats, n, N, LSE_I) - pl)
-            total += g3 * (stat(stats, n, N, S3L)[:, None] - s3)
-        total = total * pl / N / N
-    if NCE:
-        g0 = term_gradient(grad_loss, grad_terms, w0, 0, LOSS, TERMS) / N
-        lse = tl.load(col_lse + m, mask=m < N, other=0.0)
-        both = row_softmax(logit, stats, n, N, LSE_KEPT) + tl.exp(logit - lse[None, :])
-        if MASKED:
-            both = tl.where((a >= threshold * scale) & (n[:, None] != m[None, :]), 0.0, both)
-        total += g0 * (both - tl.where(n[:, None] == m[None, :], 2.0, 0.0))
-    tl.store(dlogits + n[:, None].to(tl.int64) * N + m[None, :], total, mask=(n[:, None] < N) & (m[None, :] < N))
-
-
-@triton.jit
-def feature_gradient_kernel(
-    grad_loss, grad_terms, w1, w2, w3, logits, aud, avg, fore, stats, gradient, N, C, scale,
-    WHICH: tl.constexpr, LOSS: tl.constexpr, TERMS: tl.constexpr,
-    S1: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_N rows by BLOCK_C channels of the gradient of aud (WHICH "a"), foreground ("f") or img_avg ("i"):
-    ``(dX + dX') x / tau``, the tiles of dX made and used at once.
-    """
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    for m0 in range(0, N, BLOCK_M):
-        m = m0 + tl.arange(0, BLOCK_M)
-        tile = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        if WHICH == "i":
-            x = avg
-            g3 = term_gradient(grad_loss, grad_terms, w3, 3, LOSS, TERMS)
-            i = gram(avg, n, m, N, C, scale, PRECISION, BLOCK_N, BLOCK_M, BLOCK_C)
-            pi, pit = row_softmax(i, stats, n, N, LSE_I), column_softmax(i, stats, m, N, LSE_I)
-            pl = row_softmax(logit_tile(logits, n, m, N), stats, n, N, LSE_L)
-            plt = column_softmax(transposed_logit_tile(logits, n, m, N), stats, m, N, LSE_L)
-            tile += g3 * (
-                pi * (sign(pi - pl) - stat(stats, n, N, S3I)[:, None])
-                + pit * (sign(pit - plt) - stat(stats, m, N, S3I)[None, :])
-            )
-        else:
-            a = gram(aud, n, m, N, C, scale, PRECISION, BLOCK_N, BLOCK_M, BLOCK_C)
-            pa, pat = row_softmax(a, stats, n, N, LSE_A), column_softmax(a, stats, m, N, LSE_A)
-            if S2:
-                g2 = term_gradient(grad_loss, grad_terms, w2, 2, LOSS, TERMS)
-                f = gram(fore, n, m, N, C, scale, PRECISION, BLOCK_N, BLOCK_M, BLOCK_C)
-                pf, pft = row_softmax(f, stats, n, N, LSE_F), column_softmax(f, stats, m, N, LSE_F)
-                s2, s2t = sign(pa - pf), sign(pat - pft)
-            if WHICH == "f":
-                x = fore
-                tile -= g2 * (
-                    pf * (s2 - stat(stats, n, N, S2F)[:, None]) + pft * (s2t - stat(stats, m, N, S2F)[None, :])
-                )
-            else:
-                x = aud
-                if S2:
-                    tile += g2 * (
-                        pa * (s2 - stat(stats, n, N, S2A)[:, None]) + pat * (s2t - stat(stats, m, N, S2A)[None, :])
-                    )
-                if S1:
-                    g1 = term_gradient(grad_loss, grad_terms, w1, 1, LOSS, TERMS)
-                    pl = row_softmax(logit_tile(logits, n, m, N), stats, n, N, LSE_L)
-                    plt = column_softmax(transposed_logit_tile(logits, n, m, N), stats, m, N, LSE_L)
-                    tile += g1 * (
-                        pa * (sign(pa - pl) - stat(stats, n, N, S1A)[:, None])
-                        + pat * (sign(pat - plt) - stat(stats, m, N, S1A)[None, :])
-                    )
-        features = tl.load(
-            x + m[:, None].to(tl.int64) * C + c[None, :], mask=(m[:, None] < N) & (c[None, :] < C), other=0.0
-        )
-        total = tl.dot(tile / N / N, features, total, input_precision=PRECISION)
-    tl.store(
-        gradient + n[:, None].to(tl.int64) * C + c[None, :], total * scale, mask=(n[:, None] < N) & (c[None, :] < C)
-    )
-
-
-def _flags(weights: tuple[float, ...], adjacency_threshold: float | None) -> dict[str, bool]:
-    nce, s1, s2, s3 = (weight != 0 for weight in weights)
-    return {"NCE": nce, "S1": s1, "S2": s2, "S3": s3, "MASKED": nce and adjacency_threshold is not None}
+            fns_visual = ordered_sum(tile_terms + 2, tiles, 3, BLOCK) / N / N
+            total += w3 * fns_visual
+        tl.store(terms, nce.to(tl.float32))
+        tl.store(terms + 1, fns_audio.to(tl.float32))
+        tl.store(terms + 2, tne.to(tl.float32))
+        tl.store(terms + 3, fns_visual.to(tl.float32))
+        tl.store(loss, total.to(tl.float32))
 
 
 def adjacency(
@@ -328,65 +268,35 @@ def adjacency(
     adjacency_threshold: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, c = aud.shape
-    stats = torch.empty((n, ROW_STATS), dtype=torch.float32, device=logits.device)
-    col_lse = torch.empty(n, dtype=torch.float32, device=logits.device)
-    row_terms = torch.empty((n, 4), dtype=torch.float32, device=logits.device)
-    losses = torch.empty(5, dtype=torch.float32, device=logits.device)
-    blocks, flags = tuning.adjacency(), _flags(weights, adjacency_threshold)
-    wanted = {name: flag for name, flag in flags.items() if name != "MASKED"}
+    loss, terms = floats(logits), floats(logits, 4)
+    stats, col_lse, entropies = floats(logits, n, ROW_STATS), floats(logits, n), floats(logits, n)
+    wanted = flags(weights, adjacency_threshold)
+    distances = {name: wanted[name] for name in ("S1", "S2", "S3")}
+    blocks, rows = tuning.adjacency(logits, n), tuning.adjacency_rows()
+    slots = triton.cdiv(n, blocks.sizes["BLOCK"])
+    tiles = slots * (slots + 1) // 2
+    products = {"PRECISION": precision(torch.float32), **blocks.options}
+    row_blocks = triton.cdiv(n, rows.sizes["BLOCK"])
+    inputs = (logits, aud, img_avg, foreground)
+    partials = floats(logits, slots, LSE_PLANES.value, n)
+    tile_terms = floats(logits, tiles, 3)
     with on(logits):
         run(
-            forward_kernel, (triton.cdiv(n, blocks.sizes["BLOCK_N"]),),
-            logits, aud, img_avg, foreground, stats, col_lse, row_terms, n, c, 1 / tau, adjacency_threshold or 0.0,
-            **flags, PRECISION=precision(torch.float32), **blocks.options,
+            statistics_kernel, (tiles,), *inputs, partials, n, c, 1 / tau, scaled_threshold(adjacency_threshold, tau),
+            **wanted, **products,
         )  # fmt: skip
-        run(finish_kernel, (1,), row_terms, losses, n, *map(float, weights), **wanted, BLOCK=256, num_warps=4)
-    # Copies: an operator's outputs must not share memory.
-    return losses[0].clone(), losses[1:].clone(), stats, col_lse
-
-
-def adjacency_backward(
-    grad_loss: Tensor | None,
-    grad_terms: Tensor | None,
-    logits: Tensor,
-    aud: Tensor,
-    img_avg: Tensor,
-    foreground: Tensor,
-    row_stats: Tensor,
-    col_lse: Tensor,
-    tau: float,
-    weights: tuple[float, ...],
-    adjacency_threshold: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n, c = aud.shape
-    blocks, flags = tuning.adjacency_gradient(), _flags(weights, adjacency_threshold)
-    w0, w1, w2, w3 = map(float, weights)
-    common = {
-        "LOSS": grad_loss is not None, "TERMS": grad_terms is not None, "PRECISION": precision(torch.float32),
-        **blocks.options,
-    }  # fmt: skip
-    dlogits = torch.empty_like(logits)
-    rows = triton.cdiv(n, blocks.sizes["BLOCK_N"])
-    distances = {name: flags[name] for name in ("S1", "S2", "S3")}
-
-    def gradient(which: str, like: Tensor, wanted: bool) -> Tensor:
-        if not wanted:
-            return torch.zeros_like(like)
-        out = torch.empty_like(like)
         run(
-            feature_gradient_kernel, (rows, triton.cdiv(c, blocks.sizes["BLOCK_C"])),
-            grad_loss, grad_terms, w1, w2, w3, logits, aud, img_avg, foreground, row_stats, out, n, c, 1 / tau,
-            WHICH=which, **distances, **common,
+            collect_kernel, (row_blocks,), partials, logits, stats, col_lse, entropies, n, slots,
+            **wanted, **rows.options,
         )  # fmt: skip
-        return out
-
-    with on(logits):
+        if any(distances.values()):
+            # The log-sum-exps are collected: their partials' memory is free for the sums.
+            run(
+                distances_kernel, (tiles,), *inputs, stats, partials, tile_terms, n, c, 1 / tau,
+                **distances, **products,
+            )  # fmt: skip
         run(
-            logit_gradient_kernel, (rows, triton.cdiv(n, blocks.sizes["BLOCK_M"])),
-            grad_loss, grad_terms, w0, w1, w3, logits, aud, img_avg, row_stats, col_lse, dlogits, n, c, 1 / tau,
-            adjacency_threshold or 0.0, **{name: flags[name] for name in ("NCE", "S1", "S3", "MASKED")}, **common,
+            finish_kernel, (row_blocks + 1,), partials, tile_terms, entropies, stats, loss, terms, n, slots, tiles,
+            *map(float, weights), NCE=wanted["NCE"], **distances, **rows.options,
         )  # fmt: skip
-        daud = gradient("a", aud, flags["S1"] or flags["S2"])
-        davg = gradient("i", img_avg, flags["S3"])
-        dforeground = gradient("f", foreground, flags["S2"])
-    return dlogits, daud, davg, dforeground
+    return loss, terms, stats, col_lse

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-Precision = Literal["ieee", "tf32"]
+Precision = Literal["tf32x3", "tf32"]
 
 
 def image_strides(img: Tensor) -> tuple[int, int]:
@@ -20,25 +20,32 @@ def image_strides(img: Tensor) -> tuple[int, int]:
     return (h * w, 1) if img.is_contiguous() and h * w > 1 else (1, c)
 
 
-def widened(dtype: torch.dtype) -> bool:
-    """Whether 16-bit operands are made float32 before they are multiplied: Triton's interpreter takes the bits of a
-    bfloat16 for an integer there.
+def cells_as_rows(img: Tensor) -> Tensor:
+    """``img`` in channels_last memory: each cell's channels side by side, as the tensor cores want both operands.
+
+    A map of 7x7 in NCHW has rows of 98 bytes: no load of more than two bytes is aligned, none can be asynchronous.
+    The copy moves 2 bytes of every feature twice where the products read it hundreds of times.
     """
-    return dtype != torch.float32 and isinstance(_probe, InterpretedFunction)
+    return img.contiguous(memory_format=torch.channels_last)
 
 
-def precision(dtype: torch.dtype) -> Precision:
-    """How float32 operands are multiplied: exactly, unless ``set_float32_matmul_precision("medium")`` or 16-bit
-    features allow TensorFloat-32, whose 10 bits hold a float16 or bfloat16 value as it is.
-    """
-    if dtype != torch.float32 or torch.get_float32_matmul_precision() == "medium":
-        return "tf32"
-    return "ieee"
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels: that was settled when they were defined."""
+    return isinstance(_probe, InterpretedFunction)
 
 
 @triton.jit
 def _probe():
-    """Tells whether kernels are interpreted: that was settled when they were defined."""
+    """Only its type is looked at."""
+
+
+def precision(dtype: torch.dtype) -> Precision:
+    """How float32 operands are multiplied on the tensor cores.
+
+    Exactly, as three products of TensorFloat-32 parts, unless ``set_float32_matmul_precision("medium")`` allows one.
+    A float16 fits a TensorFloat-32 whole; bfloat16 operands are multiplied as they are and do not look at this.
+    """
+    return "tf32" if dtype != torch.float32 or torch.get_float32_matmul_precision() == "medium" else "tf32x3"
 
 
 @contextlib.contextmanager

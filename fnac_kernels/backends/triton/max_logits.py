@@ -1,4 +1,4 @@
-"""Max-pooled logits: an image's cells times a block of sounds on the tensor cores, maximum and first argmax on the fly.
+"""Max-pooled logits: sounds times the cells of images on the tensor cores, maximum and first argmax on the fly.
 
 Source: ``max over cells of <img[n, :, p], aud[m]> / tau`` (arXiv 2303.11302), see ``fnac_kernels.reference``.
 """
@@ -10,50 +10,90 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fnac_kernels.backends.triton import tuning
-from fnac_kernels.backends.triton.launch import image_strides, on, precision, run, widened
+from fnac_kernels.backends.triton import sweep, tuning
+from fnac_kernels.backends.triton.launch import cells_as_rows, interpreted, on, precision, run
+from fnac_kernels.backends.triton.products import add_product
 
 
 @triton.jit
-def max_logits_kernel(
-    img, aud, logits, argmax, M, C, P, stride_c, stride_p, scale,
+def tile_maximum(
+    img, aud, n0, m, p0, N, M, C, P,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    IMAGES: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program: one image and BLOCK_M sounds."""
-    n = tl.program_id(0).to(tl.int64)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    image = img + n * C * P
-    best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    index = tl.zeros((BLOCK_M,), tl.int32)
-    for p0 in range(0, P, BLOCK_P):
-        p = p0 + tl.arange(0, BLOCK_P)
-        similarity = tl.zeros((BLOCK_P, BLOCK_M), tl.float32)
-        for c0 in range(0, C, BLOCK_C):
-            c = c0 + tl.arange(0, BLOCK_C)
-            cells = tl.load(
-                image + p[:, None] * stride_p + c[None, :] * stride_c,
-                mask=(p[:, None] < P) & (c[None, :] < C), other=0.0,
-            )  # fmt: skip
-            sounds = tl.load(
-                aud + m[None, :].to(tl.int64) * C + c[:, None], mask=(m[None, :] < M) & (c[:, None] < C), other=0.0
+    """Maximum and first argmax over WIDTH cells of each of IMAGES images: two ``(BLOCK_M, IMAGES)``.
+
+    Sounds are the rows, so that a row's cells lie in four lanes and the maximum needs two shuffles. Beyond the last
+    cell, image and sound the last one is repeated: it changes no maximum and needs no mask.
+    """
+    column = tl.arange(0, IMAGES * WIDTH)
+    image = tl.minimum(n0 + column // WIDTH, N - 1)
+    cell = tl.minimum(p0 + column % WIDTH, P - 1)
+    c = tl.arange(0, BLOCK_C)
+    sounds_at = aud + tl.minimum(m, M - 1)[:, None].to(tl.int64) * C + c[None, :]
+    cells_at = img + (image.to(tl.int64) * P + cell)[None, :] * C + c[:, None]
+    similarity = tl.zeros((BLOCK_M, IMAGES * WIDTH), tl.float32)
+    for c0 in range(0, C, BLOCK_C):
+        sounds = tl.load(sounds_at, mask=c[None, :] < C - c0, other=0.0)
+        cells = tl.load(cells_at, mask=c[:, None] < C - c0, other=0.0)
+        if WIDEN:
+            sounds, cells = sounds.to(tl.float32), cells.to(tl.float32)
+        similarity = add_product(similarity, sounds, cells, PRECISION)
+        sounds_at += BLOCK_C
+        cells_at += BLOCK_C
+    similarity = tl.reshape(similarity, (BLOCK_M, IMAGES, WIDTH))
+    is_nan = similarity != similarity
+    # Any NaN makes the maximum NaN, and the first of them wins.
+    top = tl.max(tl.where(is_nan, float("inf"), similarity), axis=2)
+    has_nan = tl.max(is_nan.to(tl.int32), axis=2) > 0
+    wins = tl.where(has_nan[:, :, None], is_nan, similarity == top[:, :, None])
+    cell = tl.minimum(p0 + tl.arange(0, WIDTH), P - 1)
+    first = tl.min(tl.where(wins, cell[None, None, :], P), axis=2)
+    return tl.where(has_nan, float("nan"), top), first
+
+
+@triton.jit
+def keep_larger(best, index, top, first):
+    """The maximum so far and its cell, after one more tile; the first NaN stays."""
+    better = (best == best) & ((top > best) | (top != top))
+    return tl.where(better, top, best), tl.where(better, first, index)
+
+
+@triton.jit(do_not_specialize=["N", "M", "P"])
+def max_logits_kernel(
+    img, aud, logits, argmax, N, M, C, P, scale,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, FULL: tl.constexpr, TAIL: tl.constexpr, GROUP: tl.constexpr,
+    IMAGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M sounds and IMAGES images, cells in tiles of BLOCK_P (if FULL) and a last one of TAIL."""
+    # Programs that run together share images and at most GROUP blocks of sounds, which stay in the L2 cache.
+    program = tl.program_id(0)
+    image_blocks = tl.cdiv(N, IMAGES)
+    group = program // (GROUP * image_blocks)
+    width = tl.minimum(tl.cdiv(M, BLOCK_M) - group * GROUP, GROUP)
+    inside = program - group * GROUP * image_blocks
+    n0 = inside // width * IMAGES
+    m = (group * GROUP + inside % width) * BLOCK_M + tl.arange(0, BLOCK_M)
+
+    best = tl.full((BLOCK_M, IMAGES), float("-inf"), tl.float32)
+    index = tl.zeros((BLOCK_M, IMAGES), tl.int32)
+    if FULL:
+        for p0 in range(0, P - P % BLOCK_P, BLOCK_P):
+            top, first = tile_maximum(
+                img, aud, n0, m, p0, N, M, C, P, PRECISION, WIDEN, IMAGES, BLOCK_P, BLOCK_M, BLOCK_C
             )
-            if WIDEN:
-                cells, sounds = cells.to(tl.float32), sounds.to(tl.float32)
-            similarity = tl.dot(cells, sounds, similarity, input_precision=PRECISION)
-        # A NaN wins, the first one; comparisons with it are false, so it is looked for apart.
-        similarity = tl.where(p[:, None] < P, similarity, float("-inf"))
-        is_nan = similarity != similarity
-        top = tl.max(tl.where(is_nan, float("inf"), similarity), axis=0)
-        has_nan = tl.max(is_nan.to(tl.int32), axis=0) > 0
-        wins = tl.where(has_nan[None, :], is_nan, similarity == top[None, :])
-        first = tl.min(tl.where(wins, p[:, None], P), axis=0)
-        top = tl.where(has_nan, float("nan"), top)
-        better = (best == best) & ((top > best) | has_nan)
-        best = tl.where(better, top, best)
-        index = tl.where(better, first, index)
-    tl.store(logits + n * M + m, best * scale, mask=m < M)
-    tl.store(argmax + n * M + m, index.to(tl.uint16), mask=m < M)
+            best, index = keep_larger(best, index, top, first)
+    if TAIL:
+        top, first = tile_maximum(
+            img, aud, n0, m, P - P % BLOCK_P if FULL else 0, N, M, C, P,
+            PRECISION, WIDEN, IMAGES, TAIL, BLOCK_M, BLOCK_C,
+        )  # fmt: skip
+        best, index = keep_larger(best, index, top, first)
+    n = n0 + tl.arange(0, IMAGES)
+    out = n[None, :].to(tl.int64) * M + m[:, None]
+    inside = (n[None, :] < N) & (m[:, None] < M)
+    tl.store(logits + out, best * scale, mask=inside)
+    tl.store(argmax + out, index.to(tl.uint16), mask=inside)
 
 
 def max_logits(img: Tensor, aud: Tensor, tau: float) -> tuple[Tensor, Tensor]:
@@ -61,11 +101,15 @@ def max_logits(img: Tensor, aud: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     m, cells = aud.shape[0], h * w
     logits = torch.empty((n, m), dtype=torch.float32, device=img.device)
     argmax = torch.empty((n, m), dtype=torch.uint16, device=img.device)
-    blocks = tuning.max_logits(cells, wide=img.dtype == torch.float32)
-    with on(img):
+
+    def launch(blocks: tuning.Blocks) -> None:
+        programs = triton.cdiv(n, blocks.sizes["IMAGES"]) * triton.cdiv(m, blocks.sizes["BLOCK_M"])
         run(
-            max_logits_kernel, (n, triton.cdiv(m, blocks.sizes["BLOCK_M"])),
-            img, aud, logits, argmax, m, c, cells, *image_strides(img), 1 / tau,
-            PRECISION=precision(img.dtype), WIDEN=widened(img.dtype), **blocks.options,
+            max_logits_kernel, (programs,), rows, aud, logits, argmax, n, m, c, cells, 1 / tau,
+            PRECISION=precision(img.dtype), WIDEN=interpreted() and img.dtype != torch.float32, **blocks.options,
         )  # fmt: skip
+
+    with on(img):
+        rows = cells_as_rows(img)
+        launch(sweep.chosen("max_logits", sweep.shape_class(img, m), tuning.max_logits(img, n, m, cells), launch))
     return logits, argmax

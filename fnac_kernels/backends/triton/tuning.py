@@ -1,57 +1,197 @@
-"""Block sizes, in one place. Chosen by counting registers and waste, none measured on a GPU yet."""
+"""Tile sizes, in one place: a table per architecture, and how a tile is fitted to a map.
+
+Chosen by counting flops, bytes, registers and shared memory (README.md; ``tests/data/triton_resources.txt`` keeps what
+the compiler made of each line); none is measured on a GPU yet. ``FNAC_TRITON_SWEEP=1`` tries neighbours (sweep.py).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Sizes of a kernel's tiles (``asdict`` gives its constants) and its warps and stages."""
+    """Sizes of a kernel's tiles (its constants), its warps, its stages of loads in flight, and a bound on a thread's
+    registers where the compiler takes more than it needs.
+    """
 
     sizes: dict[str, int]
     num_warps: int
-    num_stages: int
+    num_stages: int = 2
+    max_registers: int | None = None
 
     @property
     def options(self) -> dict[str, int]:
         """Keyword arguments of the launch."""
-        return {**self.sizes, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {**self.sizes, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
+
+    @property
+    def key(self) -> tuple[tuple[str, int], ...]:
+        """Tells two settings apart, in a dictionary."""
+        return tuple(sorted(self.options.items()))
+
+    def sized(self, **sizes: int) -> Blocks:
+        return replace(self, sizes=self.sizes | sizes)
+
+    def changed(self, **settings: int | None) -> Blocks:
+        return replace(self, **settings)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        """As the table spells it."""
+        return f"Blocks({self.sizes}, {self.num_warps}, {self.num_stages}, {self.max_registers})"
 
 
-def _cells(count: int, most: int) -> int:
-    """The power of two that holds a map's cells, in 16..most."""
-    return min(max(16, 1 << (count - 1).bit_length()), most)
+# BLOCK_P counts all rows or columns of cells in a tile, of however many images.
+_HOPPER = {
+    # 64 accumulators a thread and 128 registers in all: two programs a multiprocessor, so that one's maxima hide
+    # behind the other's products. Three stages are 96 KB for each.
+    "max_logits": Blocks({"BLOCK_P": 128, "BLOCK_M": 128, "BLOCK_C": 64, "GROUP": 32}, 8, 3, 128),
+    # Where the size above would leave multiprocessors idle: a quarter of it.
+    "max_logits_small": Blocks({"BLOCK_P": 64, "BLOCK_M": 64, "BLOCK_C": 64, "GROUP": 32}, 4, 3),
+    # Three products for one, operands split in registers.
+    "max_logits_float32": Blocks({"BLOCK_P": 64, "BLOCK_M": 64, "BLOCK_C": 32, "GROUP": 32}, 4),
+    # 64 accumulators a thread. Half as many channels would build the weights twice as often: more ALU than products.
+    "image_gradient": Blocks({"BLOCK_P": 128, "BLOCK_M": 64, "BLOCK_C": 128}, 8, 3),
+    "image_gradient_small": Blocks({"BLOCK_P": 64, "BLOCK_M": 64, "BLOCK_C": 64}, 4),
+    "image_gradient_float32": Blocks({"BLOCK_P": 64, "BLOCK_M": 32, "BLOCK_C": 64}, 4),
+    # 32 cells at a time: with 64 the weights take the registers of the second program.
+    "audio_share": Blocks({"BLOCK_P": 32, "BLOCK_M": 128, "BLOCK_C": 128}, 8, 3, 128),
+    # Nothing is multiplied on the tensor cores: many small programs hide the gathers' latency.
+    "audio_share_gather": Blocks({"BLOCK_P": 16, "BLOCK_M": 32, "BLOCK_C": 128}, 4),
+    "adjacency": Blocks({"BLOCK": 64, "BLOCK_C": 32}, 8),
+    # 36 programs at a batch of 256, where tiles of 64 would give 10.
+    "adjacency_small": Blocks({"BLOCK": 32, "BLOCK_C": 16}, 4),
+    # Tiles of 64 spill: the addresses of what is read of rows and columns take the registers.
+    "adjacency_weights": Blocks({"BLOCK": 32, "BLOCK_C": 32}, 8),
+    "adjacency_features": Blocks({"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_C": 64}, 4),
+}
+# mma.sync keeps both operands in registers: a bound on them makes spills, and tiles of adjacency are the small ones.
+_AMPERE = _HOPPER | {
+    # 48 KB in three stages; one program a multiprocessor (255 registers), two would need 128.
+    "max_logits": Blocks({"BLOCK_P": 128, "BLOCK_M": 128, "BLOCK_C": 32, "GROUP": 32}, 8, 3),
+    "audio_share": Blocks({"BLOCK_P": 32, "BLOCK_M": 128, "BLOCK_C": 128}, 8, 3),
+    "adjacency": _HOPPER["adjacency_small"],
+    "adjacency_weights": Blocks({"BLOCK": 32, "BLOCK_C": 16}, 8),
+    "adjacency_features": Blocks({"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_C": 64}, 8),
+}
+# 100 KB of shared memory a multiprocessor, of which no line takes more than half; three stages spill here.
+_SMALL = _AMPERE | {"max_logits_small": replace(_HOPPER["max_logits_small"], num_stages=2)}
+# Accumulators lie in tensor memory and pass through registers for the maximum: a bound makes spills.
+_BLACKWELL = _HOPPER | {
+    "max_logits": replace(_HOPPER["max_logits"], max_registers=None),
+    "adjacency_weights": Blocks({"BLOCK": 32, "BLOCK_C": 16}, 8, 1),
+}
+
+#: By compute capability; 86 stands for the chips with 100 KB of shared memory (8.6, 8.7, 8.9, 12.x).
+TABLE: dict[int, dict[str, Blocks]] = {80: _AMPERE, 86: _SMALL, 90: _HOPPER, 100: _BLACKWELL}
 
 
-def max_logits(cells: int, wide: bool) -> Blocks:
-    """Accumulators of 64 x 128 over 8 warps are 32 registers a thread; 49 cells fill 77 % of 64 rows. Float32 operands
-    (``wide``) are held in registers and spill at a depth of 64.
-    """
-    depth = 32 if wide else 64
-    return Blocks({"BLOCK_P": _cells(cells, 64), "BLOCK_M": 128, "BLOCK_C": depth}, num_warps=8, num_stages=3)
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """The line of the table that serves a device; Triton's interpreter takes Hopper's."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) in ((8, 6), (8, 7), (8, 9)) or major >= 12:
+        return 86
+    return max((known for known in TABLE if known <= 10 * major + minor), default=80)
 
 
-def pooling(cells: int) -> Blocks:
-    """One program reads an image twice, the second time from cache."""
-    return Blocks({"BLOCK_P": _cells(cells, 32), "BLOCK_C": 64}, num_warps=4, num_stages=2)
+def _line(x: Tensor, name: str) -> Blocks:
+    return TABLE[architecture(x.device)][name]
 
 
-def image_gradient(cells: int) -> Blocks:
-    """A tile of one image's gradient; the sounds pass by."""
-    return Blocks({"BLOCK_P": _cells(cells, 64), "BLOCK_M": 64, "BLOCK_C": 64}, num_warps=4, num_stages=2)
+def power_of_two(count: int) -> int:
+    """The smallest power of two that holds ``count``."""
+    return 1 << (count - 1).bit_length()
 
 
-def audio_gradient(cells: int) -> Blocks:
-    """A tile of the sounds' gradient; the images pass by. With 4 warps it needs every register."""
-    return Blocks({"BLOCK_P": _cells(cells, 64), "BLOCK_M": 64, "BLOCK_C": 64}, num_warps=8, num_stages=2)
+def _cells(count: int) -> int:
+    """Cells in a tile; the tensor cores want 16 at least, and 64 fit the usual maps with little waste."""
+    return min(max(16, power_of_two(count)), 64)
 
 
-def adjacency() -> Blocks:
-    """Four tiles (A, F, I, L) are alive at a time: 32 x 32 over 8 warps is 4 registers a thread for each."""
-    return Blocks({"BLOCK_N": 32, "BLOCK_M": 32, "BLOCK_C": 32}, num_warps=8, num_stages=2)
+def max_logits(img: Tensor, n: int, m: int, cells: int) -> Blocks:
+    """Tiles of 64 cells and, where they do not divide the map, a last one of 16, 32 or 64."""
+    if img.dtype == torch.float32:
+        return fit_max_logits(_line(img, "max_logits_float32"), cells)
+    blocks = fit_max_logits(_line(img, "max_logits"), cells)
+    programs = (n // blocks.sizes["IMAGES"]) * (m // blocks.sizes["BLOCK_M"])
+    return blocks if programs >= 128 else fit_max_logits(_line(img, "max_logits_small"), cells)
 
 
-def adjacency_gradient() -> Blocks:
-    """Transposed tiles come on top: with 32 columns the gradient of the foreground features spills."""
-    return Blocks({"BLOCK_N": 32, "BLOCK_M": 16, "BLOCK_C": 32}, num_warps=8, num_stages=2)
+def fit_max_logits(blocks: Blocks, cells: int) -> Blocks:
+    columns, width = blocks.sizes["BLOCK_P"], _cells(cells)
+    rest = cells % width
+    return blocks.sized(
+        BLOCK_P=width, IMAGES=columns // width, FULL=int(cells >= width), TAIL=_cells(rest) if rest else 0
+    )
+
+
+def image_gradient(img: Tensor, n: int, cells: int) -> Blocks:
+    if img.dtype != torch.bfloat16:
+        return fit_image_gradient(_line(img, "image_gradient_float32"), cells)
+    large = n * cells >= 128 * 64
+    return fit_image_gradient(_line(img, "image_gradient" if large else "image_gradient_small"), cells)
+
+
+def fit_image_gradient(blocks: Blocks, cells: int) -> Blocks:
+    """One or two images a program: two where both fit."""
+    rows = blocks.sizes["BLOCK_P"]
+    width = min(max(16, power_of_two(cells)), rows)
+    images = 2 if 2 * width <= rows else 1
+    return blocks.sized(BLOCK_P=width, IMAGES=images)
+
+
+def audio_share(img: Tensor, cells: int, gather: bool) -> Blocks:
+    return _line(img, "audio_share_gather") if gather else fit_audio_share(_line(img, "audio_share"), cells)
+
+
+def fit_audio_share(blocks: Blocks, cells: int) -> Blocks:
+    return blocks.sized(BLOCK_P=min(blocks.sizes["BLOCK_P"], _cells(cells)))
+
+
+def splits(tiles: int, images: int) -> int:
+    """Ranges of images, so that the sounds' gradient has some 256 programs; at least 8 images each."""
+    return max(1, min(256 // tiles, images // 8))
+
+
+def audio_gradient() -> Blocks:
+    """One sound's channels: memory traffic alone."""
+    return Blocks({"BLOCK_C": 512}, num_warps=4)
+
+
+def adjacency(x: Tensor, n: int) -> Blocks:
+    return _line(x, "adjacency_small" if n <= 512 else "adjacency")
+
+
+def adjacency_weights(x: Tensor) -> Blocks:
+    return _line(x, "adjacency_weights")
+
+
+def adjacency_features(x: Tensor) -> Blocks:
+    return _line(x, "adjacency_features")
+
+
+def adjacency_rows() -> Blocks:
+    """Sums over slots: memory traffic alone."""
+    return Blocks({"BLOCK": 64}, num_warps=2)
+
+
+def whole_image(cells: int) -> Blocks | None:
+    """All cells of some channels, 16 values a thread. None where a map has so many that one program is too few."""
+    block_p = max(16, power_of_two(cells))
+    return None if cells > 256 else Blocks({"BLOCK_P": block_p, "BLOCK_C": 4096 // block_p}, num_warps=8)
+
+
+def map_cells(cells: int) -> Blocks:
+    return Blocks({"BLOCK_P": min(max(16, power_of_two(cells)), 32), "BLOCK_C": 64}, num_warps=4)
+
+
+def pool_channels(cells: int) -> Blocks:
+    return Blocks({"BLOCK_P": min(max(16, power_of_two(cells)), 32), "BLOCK_C": 64}, num_warps=4)

@@ -1,0 +1,102 @@
+"""What a call launches and how many kernels it compiles, without a GPU: launches are recorded, nothing runs.
+
+Run as ``python tests/triton_launches.py``; prints JSON. A process of its own, because it replaces Triton's driver.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction, compute_cache_key
+
+from fnac_kernels import _dispatch, _ops
+
+#: PyTorch's operators that move no data.
+FREE = {
+    "empty", "empty_like", "empty_strided", "new_empty", "view", "unbind", "detach", "select", "alias", "as_strided",
+    "expand", "transpose", "t", "permute", "slice", "unsqueeze", "squeeze", "_unsafe_view", "lift_fresh",
+}  # fmt: skip
+
+
+class Hopper:
+    """A driver of a device that is not there."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Recorder(TorchDispatchMode):
+    """The kernels launched while it is active: Triton's by name, PyTorch's as aten operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: list[str] = []
+        self.compiled: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if name.removeprefix("aten::") not in FREE:
+            self.launches.append(name)
+        return func(*args, **(kwargs or {}))
+
+    def record(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        """Stands for ``JITFunction.run``: binds the arguments as it does, up to the key of the compiled kernel."""
+        _, keys, _, _, binder = kernel.device_caches[0]
+        _, specialization, options = binder(*args, **options, debug=False, instrumentation_mode="")
+        self.launches.append(kernel.fn.__name__)
+        self.compiled.add(kernel.fn.__name__ + compute_cache_key(keys, specialization, options))
+
+
+def call(n: int, c: int, h: int, w: int, dtype: torch.dtype, layout: torch.memory_format) -> tuple[Recorder, Recorder]:
+    """The whole loss and its gradients: what its two operators do."""
+    img = torch.zeros(n, c, h, w, dtype=dtype).contiguous(memory_format=layout)
+    aud = torch.zeros(n, c, dtype=dtype)
+    settings = (0.03, 0.6, (1.0, 100.0, 100.0, 100.0), None)
+    forward, backward = Recorder(), Recorder()
+    JITFunction.run = lambda kernel, *a, **k: forward.record(kernel, *a, **k)
+    with forward:
+        loss, _, _, *saved = _ops._fnac_loss(img, aud, *settings, "triton")
+    grad = torch.ones_like(loss)
+    tau, _, weights, threshold = settings
+    JITFunction.run = lambda kernel, *a, **k: backward.record(kernel, *a, **k)
+    with backward:
+        _ops._fnac_loss_backward_op(
+            grad, None, None, img, aud, *saved, tau, weights, threshold, True, True, "triton"
+        )  # fmt: skip
+    return forward, backward
+
+
+def main() -> None:
+    driver.set_active(Hopper())
+    _dispatch.BACKENDS["triton"].__dict__["problem"] = None
+    nchw, last = torch.contiguous_format, torch.channels_last
+    launches = {}
+    for layout in (nchw, last):
+        for n in (1, 31, 32, 256):
+            forward, backward = call(n, 512, 7, 7, torch.bfloat16, layout)
+            launches[f"{n} {layout}"] = [forward.launches, backward.launches]
+    variants = {}
+    for name, shapes in {
+        "batch": [(n, 512, 7, 7) for n in (256, 257, 300, 384, 511, 512)],
+        "channels": [(256, c, 7, 7) for c in (128, 256, 512, 1024)],
+        "map": [(256, 512, h, w) for h, w in ((7, 7), (6, 8), (5, 10), (8, 8 - 1))],
+        "everything": [(n, c, h, 7) for n in (256, 301, 400) for c in (64, 512) for h in (5, 6, 7)],
+    }.items():
+        calls = [call(*shape, torch.bfloat16, last) for shape in shapes]
+        variants[name] = [len(set().union(*(r.compiled for r in pair))) for pair in zip(*calls, strict=True)]
+    print(json.dumps({"launches": launches, "variants": variants}))
+
+
+if __name__ == "__main__":
+    main()
