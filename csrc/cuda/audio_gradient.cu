@@ -3,7 +3,7 @@
 //
 // A sound needs one cell of each image, and of NCHW features a cell's channels lie a plane apart. So slabs
 // are read as they lie, contiguous either way, and widened and turned in shared memory; there every warp
-// picks, for each of its 16 sounds, the chosen cell's channels and adds them to its registers, in the order
+// picks, for each of its sounds, the chosen cell's channels and adds them to its registers, in the order
 // of the images. The next slab is loaded into registers meanwhile.
 //
 // Few sounds would leave most of the machine idle: the images are then split into shares, whose sums go to
@@ -21,7 +21,6 @@ constexpr int kOwn = kSounds / kWarps;  // sounds of a warp
 constexpr int kChannels = 64;
 constexpr int kCells = 64;
 constexpr int kPitch = kChannels + 2;
-constexpr int kPerThread = kCells * kChannels / kThreads;
 constexpr int64_t kBlocks = 384;    // aimed at by shares
 constexpr int64_t kLeastShare = 4;  // images
 
@@ -48,52 +47,58 @@ struct Shared {
     Pick picks[2][kSounds];
 };
 
-// A slab and the picks of its sounds on their way to shared memory. Of the slab's two dimensions a thread
-// keeps its place in the contiguous one, cells of NCHW and channels of channels_last, and strides along the
-// other.
+// Slabs and the picks of their sounds on their way to shared memory, in two halves to save registers. Of a
+// slab's two dimensions a thread keeps its place in the contiguous one, cells of NCHW and channels of
+// channels_last, and strides along the other.
 template <class T>
-class Slab {
+class Slabs {
   public:
-    FNAC_DEVICE Slab(const AudioGradientArguments& job, int n0, int m0, int c0)
+    static constexpr int kHalves = 2;
+
+    FNAC_DEVICE Slabs(const AudioGradientArguments& job, int n0, int m0, int c0)
         : job_(job), n_(n0), m0_(m0), c0_(c0) {}
 
-    // The next slab, of the next cells or of the next image.
-    FNAC_DEVICE void load() {
+    FNAC_DEVICE void load(int half) {
         const int64_t n = n_;
-        const int p0 = p0_;
+        const int rest = job_.p - p0_, cells = rest < job_.tile_cells ? rest : job_.tile_cells;
+        const int channels = job_.c - c0_;
+        const int first = moving() + half * kPart * kStep;
+        const T* from = static_cast<const T*>(job_.img) + n * job_.c * job_.p + p0_ * job_.stride_p +
+                        c0_ * job_.stride_c + still() + static_cast<int64_t>(first) * stride();
+        const int end = still() < (planes() ? cells : channels) ? (planes() ? channels : cells) : 0;
+#pragma unroll
+        for (int k = 0; k < kPart; ++k)
+            values_[k] = first + k * kStep < end ? from[k * kStep * stride()] : T{};
+        if (half != 0) return;
+        pick_ = {0.f, -1};
+        const int m = m0_ + thread_index();
+        if (thread_index() < kSounds && m < job_.m) {
+            const int cell = job_.argmax[n * job_.m + m] - p0_;
+            if (cell >= 0 && cell < cells) pick_ = {job_.grad_logits[n * job_.m + m], cell * kPitch};
+        }
+    }
+    FNAC_DEVICE void store(int half, Shared& shared, int buffer) {
+        const int first = moving() + half * kPart * kStep;
+        float* to = shared.slab[buffer] + (planes() ? still() * kPitch + first : first * kPitch + still());
+#pragma unroll
+        for (int k = 0; k < kPart; ++k) {
+            *to = widen(values_[k]);
+            to += planes() ? kStep : kStep * kPitch;
+        }
+        if (half == 0) {
+            if (thread_index() < kSounds) shared.picks[buffer][thread_index()] = pick_;
+            return;
+        }
         p0_ += job_.tile_cells;
         if (p0_ >= job_.p) {
             p0_ = 0;
             ++n_;
         }
-        const int cells = job_.p - p0 < job_.tile_cells ? job_.p - p0 : job_.tile_cells,
-                  channels = job_.c - c0_;
-        const T* from = static_cast<const T*>(job_.img) + n * job_.c * job_.p + p0 * job_.stride_p +
-                        c0_ * job_.stride_c + still() + static_cast<int64_t>(moving()) * stride();
-        const int end = still() < (planes() ? cells : channels) ? (planes() ? channels : cells) : 0;
-#pragma unroll
-        for (int k = 0; k < kPerThread; ++k)
-            values_[k] = moving() + k * kStep < end ? from[k * kStep * stride()] : T{};
-        pick_ = {0.f, -1};
-        const int m = m0_ + thread_index();
-        if (thread_index() < kSounds && m < job_.m) {
-            const int cell = job_.argmax[n * job_.m + m] - p0;
-            if (cell >= 0 && cell < cells) pick_ = {job_.grad_logits[n * job_.m + m], cell * kPitch};
-        }
-    }
-    FNAC_DEVICE void store(Shared& shared, int buffer) const {
-        float* to =
-            shared.slab[buffer] + (planes() ? still() * kPitch + moving() : moving() * kPitch + still());
-#pragma unroll
-        for (int k = 0; k < kPerThread; ++k) {
-            *to = widen(values_[k]);
-            to += planes() ? kStep : kStep * kPitch;
-        }
-        if (thread_index() < kSounds) shared.picks[buffer][thread_index()] = pick_;
     }
 
   private:
     static_assert(kCells == kChannels);
+    static constexpr int kPart = kCells * kChannels / kThreads / kHalves;
     static constexpr int kStep = kThreads / kCells;
     FNAC_DEVICE bool planes() const { return job_.stride_p == 1; }
     FNAC_DEVICE static int still() { return thread_index() % kCells; }
@@ -101,11 +106,9 @@ class Slab {
     FNAC_DEVICE int stride() const { return static_cast<int>(planes() ? job_.stride_c : job_.stride_p); }
 
     const AudioGradientArguments& job_;
-    int n_;
-    int p0_ = 0;
-    const int m0_;
-    const int c0_;
-    T values_[kPerThread];
+    int n_, p0_ = 0;  // image and first cell of the next slab
+    const int m0_, c0_;
+    T values_[kPart];
     Pick pick_;
 };
 
@@ -121,24 +124,30 @@ audio_gradient_kernel(const AudioGradientArguments job) {
     const int share = block / job.sound_blocks / job.slices, n0 = share * job.share;
     const int images = job.n - n0 < job.share ? job.n - n0 : job.share;
 
-    Slab<T> slab(job, n0, m0, c0);
+    Slabs<T> slabs(job, n0, m0, c0);
+    int left = images * job.tiles;
+    for (int half = 0; half < slabs.kHalves; ++half) {
+        slabs.load(half);
+        slabs.store(half, shared, left % 2);
+    }
     Float2 sums[kOwn] = {};
-    slab.load();
-    int buffer = 0;
-    for (int left = images * job.tiles; left > 0; --left, buffer ^= 1) {
-        slab.store(shared, buffer);
+    for (; left > 0; --left) {
         block_barrier();
-        // The other buffer was read before the barrier.
-        if (left > 1) slab.load();
+        const int buffer = left % 2;
 #pragma unroll
-        for (int i = 0; i < kOwn; ++i) {
-            // Or the compiler loads all picks at once, and on sm_120 runs out of registers.
-            if (i == kOwn / 2) warp_barrier();
-            const Pick pick = shared.picks[buffer][warp * kOwn + i];
-            if (pick.offset < 0) continue;
-            const Float2 x = *reinterpret_cast<const Float2*>(&shared.slab[buffer][pick.offset + lane * 2]);
-            sums[i].x = multiply_add(pick.gradient, x.x, sums[i].x);
-            sums[i].y = multiply_add(pick.gradient, x.y, sums[i].y);
+        for (int half = 0; half < slabs.kHalves; ++half) {
+            // The other buffer was read before the barrier.
+            if (left > 1) slabs.load(half);
+#pragma unroll
+            for (int i = half * kOwn / 2; i < (half + 1) * kOwn / 2; ++i) {
+                const Pick pick = shared.picks[buffer][warp * kOwn + i];
+                if (pick.offset < 0) continue;
+                const Float2 x =
+                    *reinterpret_cast<const Float2*>(&shared.slab[buffer][pick.offset + lane * 2]);
+                sums[i].x = multiply_add(pick.gradient, x.x, sums[i].x);
+                sums[i].y = multiply_add(pick.gradient, x.y, sums[i].y);
+            }
+            if (left > 1) slabs.store(half, shared, buffer ^ 1);
         }
     }
 #pragma unroll

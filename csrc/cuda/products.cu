@@ -67,7 +67,7 @@ struct ProductsArguments {
 };
 
 template <int kSide, bool kTransposed>
-FNAC_KERNEL(kThreads, kSide == 4 ? 3 : 1)
+FNAC_KERNEL(kThreads, kSide == 4 ? 2 : 1)
 products_kernel(const ProductsArguments arguments) {
     using Left = Operand<kSide, true>;
     using Right = Operand<kSide, kTransposed>;
