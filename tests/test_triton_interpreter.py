@@ -89,3 +89,35 @@ def test_the_sweep_prints_a_line_of_the_table_once_and_only_if_asked(monkeypatch
     assert done.returncode == 0, done.stderr[-3000:]
     for kernel in ("max_logits", "image_gradient", "audio_share"):
         assert done.stderr.count(f'"{kernel}": Blocks({{') == 1, done.stderr
+
+
+LARGE = """
+import torch, fnac_kernels as fk
+from fnac_kernels.backends.triton import adjacency_backward, tuning
+table = tuning.TABLE[90]
+narrow = table["max_logits"].sized(BLOCK_M=16, GROUP=2)
+tuning.max_logits = lambda img, n, m, cells: tuning.fit_max_logits(narrow, cells)
+tuning.image_gradient = lambda img, n, cells: tuning.fit_image_gradient(table["image_gradient"], cells)
+tuning.adjacency = lambda x, n: table["adjacency"]
+adjacency_backward.rows_at_a_time = lambda n: n // 6
+torch.manual_seed(0)
+for cells in ((7, 7), (9, 10)):
+    img, aud = torch.randn(81, 24, *cells), torch.randn(81, 24)
+    img, aud = (torch.nn.functional.normalize(x, dim=1).bfloat16() for x in (img, aud))
+    results = []
+    for name in ("triton", "reference"):
+        x, y = img.clone().requires_grad_(), aud.clone().requires_grad_()
+        out = fk.fnac_loss(x, y, backend=name)
+        out.loss.backward()
+        results.append((*out, x.grad, y.grad))
+    for got, wanted in zip(*results):
+        error = (got.double() - wanted.double()).norm() / wanted.double().norm()
+        # The interpreter cuts to bfloat16 where a device rounds, weights as well as results.
+        assert error < (1e-2 if got.dtype == torch.bfloat16 else 1e-5), error
+"""
+
+
+def test_what_only_large_batches_do():
+    """The large tiles, several groups of sounds, ranges of rows: here with a batch that the interpreter can bear."""
+    done = interpret("-c", LARGE)
+    assert done.returncode == 0, done.stderr[-3000:]
