@@ -22,7 +22,7 @@ class BestAndLast(ModelCheckpoint):
 
     def __init__(self, monitor: str = "val/ap50", dirpath: str | None = None) -> None:
         super().__init__(
-            dirpath, filename="best", monitor=monitor, mode="max", save_last=True, enable_version_counter=False
+            dirpath, filename="best", monitor=monitor, mode="max", save_last=False, enable_version_counter=False
         )
         self.fitting, self.resumed_from = False, Path()
 
@@ -34,6 +34,11 @@ class BestAndLast(ModelCheckpoint):
         if self.fitting and folders.get("val") is None:
             self.monitor, self.save_top_k = None, 0
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the epoch, best or not. Lightning's own ``save_last`` writes the file with a new best only."""
+        super().on_train_epoch_end(trainer, pl_module)
+        trainer.save_checkpoint(Path(self.dirpath or "", "last.ckpt"))
+
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note where it lies: the best epoch so far lies beside it."""
         self.resumed_from = Path(trainer.ckpt_path or "")
@@ -43,7 +48,7 @@ class BestAndLast(ModelCheckpoint):
         if not self.fitting:
             return
         if state_dict["dirpath"] != self.dirpath:
-            state_dict = state_dict | {"dirpath": self.dirpath, "last_model_path": ""} | self._take_along(state_dict)
+            state_dict = state_dict | {"dirpath": self.dirpath} | self._take_along(state_dict)
         super().load_state_dict(state_dict)
 
     def _take_along(self, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -12,8 +12,6 @@ import jsonargparse
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
-import fnac
-import fnac_kernels
 from fnac.audio import MediaError
 from fnac.callbacks import BestAndLast
 from fnac.checkpoints import check_resumable
@@ -139,6 +137,6 @@ def _explains_itself(error: Exception) -> bool:
     """Files that are not there, and what this project's code raises on purpose, need no traceback."""
     if isinstance(error, (FileNotFoundError, FileExistsError, MediaError)):
         return True
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    ours = [Path(package.__path__[0]) for package in (fnac, fnac_kernels)]
-    return isinstance(error, (ValueError, TypeError, RuntimeError)) and any(map(raised_in.is_relative_to, ours))
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    raised_by = frame.f_globals["__name__"].partition(".")[0]
+    return isinstance(error, (ValueError, TypeError, RuntimeError)) and raised_by in ("fnac", "fnac_kernels")

@@ -151,13 +151,15 @@ def test_a_run_that_goes_on_in_another_folder_takes_the_best_epoch_along(tmp_pat
         trainer(tmp_path, saving, max_epochs=epochs).fit(model, make_clips(), ckpt_path=ckpt_path, weights_only=True)
         return saving
 
-    first = run("first", 1)
+    first = run("first", 2)
+    saved = {name: torch.load(tmp_path / "first" / f"{name}.ckpt", weights_only=True) for name in ("best", "last")}
+    assert {name: content["global_step"] for name, content in saved.items()} == {"best": 3, "last": 6}
     source = (tmp_path / "first").rename(tmp_path / "elsewhere") if moved else tmp_path / "first"
-    second = run("second", 2, source / "last.ckpt")
+    second = run("second", 3, source / "last.ckpt")
     assert second.best_model_path == str(tmp_path / "second" / "best.ckpt")
     assert second.best_model_score == first.best_model_score
     assert (tmp_path / "second" / "best.ckpt").read_bytes() == (source / "best.ckpt").read_bytes()
-    assert torch.load(tmp_path / "second" / "last.ckpt", weights_only=True)["global_step"] == 6
+    assert torch.load(tmp_path / "second" / "last.ckpt", weights_only=True)["global_step"] == 9
 
 
 def test_a_best_epoch_that_is_lost_is_named(tmp_path, make_model, make_clips):
