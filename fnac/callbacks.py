@@ -37,7 +37,7 @@ class BestAndLast(ModelCheckpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the epoch, best or not. Lightning's own ``save_last`` writes the file with a new best only."""
         super().on_train_epoch_end(trainer, pl_module)
-        trainer.save_checkpoint(Path(self.dirpath or "", "last.ckpt"))
+        trainer.save_checkpoint(Path(self.dirpath or "", "last.ckpt"), weights_only=False)  # all there is to resume
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note where it lies: the best epoch so far lies beside it."""
