@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,9 +69,14 @@ def _figure(rows: Sequence[Row], limit: float | None, ink: str, path: Path) -> N
     }
     with plt.rc_context(style):
         figure, axes = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained", sharex="col", sharey="row")
-        for column, (series, (label, _)) in zip(axes.T, SERIES.items(), strict=True):
+        for column, (series, (label, place)) in zip(axes.T, SERIES.items(), strict=True):
             _panel(column[0], _curves(rows, series, "p50"), 1.0)
             _panel(column[1], _curves(rows, series, "peak_bytes"), 1e-6)
+            places = sorted(
+                {place(CASES[row.case]) for row in rows if series in CASES.get(row.case, CASES["tiny"]).series}
+            )
+            column[1].set_xticks(places, [f"{x:,}" for x in places])
+            column[1].minorticks_off()
             column[1].set_xlabel(label)
             if limit is not None:
                 column[1].axhline(limit * 1024**3 / 1e6, color=ink, linewidth=0.8, linestyle=":")
@@ -86,6 +92,7 @@ def _figure(rows: Sequence[Row], limit: float | None, ink: str, path: Path) -> N
 
 def _panel(axis: Any, curves: dict[str, list[tuple[float, float | None]]], unit: float) -> None:
     colours, ours = iter(COLOURS), iter(OURS)
+    above = itertools.cycle((7, -14))  # points: rivals often end close to each other
     for name in CONTENDERS:
         if name not in curves:
             continue
@@ -99,5 +106,7 @@ def _panel(axis: Any, curves: dict[str, list[tuple[float, float | None]]], unit:
             x, y = min(full), points[-1][1]
             axis.plot([points[-1][0], x], [y, y], color=colour, linestyle=":", linewidth=1.5)
             axis.plot([x], [y], "x", color=colour, ms=9, mew=2)
-            axis.annotate("out of memory", (x, y), (0, 7), textcoords="offset points", ha="right", color=colour, size=8)
+            axis.annotate(
+                "out of memory", (x, y), (0, next(above)), textcoords="offset points", ha="right", color=colour, size=8
+            )
     axis.grid(alpha=0.25)

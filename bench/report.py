@@ -52,9 +52,11 @@ def _megabytes(size: int | None) -> str:
 def section(machines: Mapping[str, Sequence[Run]]) -> str:
     """Everything between the markers, the machine measured last first; the others are folded."""
     newest = sorted(machines, key=lambda name: max(run.machine["date"] for run in machines[name]), reverse=True)
-    first, *others = (_machine(name, machines[name]) for name in newest)
-    folded = ("<details><summary>Another machine</summary>\n\n" + text + "\n\n</details>" for text in others)
-    return "\n\n".join((first, *folded))
+    parts = [_machine(name, machines[name]) for name in newest]
+    for at, name in list(enumerate(newest))[1:]:
+        device = machines[name][0].machine["device"]
+        parts[at] = f"<details><summary>Measured before: {device}</summary>\n\n{parts[at]}\n\n</details>"
+    return "\n\n".join(parts)
 
 
 def _machine(name: str, runs: Sequence[Run]) -> str:
