@@ -268,7 +268,7 @@ def compare(table: Mapping[str, Mapping[str, float]], clips: int) -> str:
         error = ((ours * (1 - ours) + theirs * (1 - theirs)) / clips) ** 0.5
         ahead |= ours - theirs > 2 * error
         behind |= theirs - ours > 2 * error
-        parts.append(f"{label} {100 * ours:.1f} against {100 * theirs:.1f} (standard error {100 * error:.1f})")
+        parts.append(f"{label} FNAC {100 * ours:.1f}, NCE alone {100 * theirs:.1f} (standard error {100 * error:.1f})")
     verdict = {
         (True, False): "On this data FNAC's terms helped",
         (False, True): "On this data NCE alone does better than FNAC",

@@ -85,4 +85,5 @@ def test_words_follow_the_numbers():
     assert "pointing accuracy: +30.0 points against object only" in margin(table)
     assert "FNAC's terms helped" in compare(table, clips=400)
     assert "NCE alone does as well" in compare({**table, "NCE alone": row(0.9, 0.8)}, clips=400)
+    assert "AP50 FNAC 90.0, NCE alone 88.0" in compare({**table, "NCE alone": row(0.88, 0.8)}, clips=400)
     assert "NCE alone does better" in compare({**table, "FNAC": row(0.2, 0.79)}, clips=400)
