@@ -104,11 +104,16 @@ def cuda_features() -> dict[str, Any]:
     }
 
 
+def image_strides(img: Tensor) -> tuple[int, int]:
+    """Strides of ``img (N, C, H, W)`` over channels and over cells; it is dense in NCHW or channels_last."""
+    _, c, h, w = img.shape
+    return (h * w, 1) if img.is_contiguous() and h * w > 1 else (1, c)
+
+
 def image(img: Tensor) -> tuple[int, int, int, int, int, int, int]:
     """What the kernels learn of a dense feature map: address, dtype, n, c, cells, strides over channels and cells."""
     n, c, h, w = img.shape
-    strides = (h * w, 1) if img.is_contiguous() and h * w > 1 else (1, c)
-    return (img.data_ptr(), _DTYPES[img.dtype], n, c, h * w, *strides)
+    return (img.data_ptr(), _DTYPES[img.dtype], n, c, h * w, *image_strides(img))
 
 
 def address(x: Tensor | None) -> int:

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fnac_kernels._native import image_strides
 from fnac_kernels.backends.triton import sweep, tuning
-from fnac_kernels.backends.triton.launch import image_strides, run
+from fnac_kernels.backends.triton.launch import run
 from fnac_kernels.backends.triton.one_hot import one_hot, one_hot_products
 from fnac_kernels.backends.triton.products import add_product
 

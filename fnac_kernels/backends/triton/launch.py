@@ -14,12 +14,6 @@ from triton.runtime.interpreter import InterpretedFunction
 Precision = Literal["tf32x3", "tf32"]
 
 
-def image_strides(img: Tensor) -> tuple[int, int]:
-    """Strides of ``img (N, C, H, W)`` over channels and over cells; it is dense in NCHW or channels_last."""
-    _, c, h, w = img.shape
-    return (h * w, 1) if img.is_contiguous() and h * w > 1 else (1, c)
-
-
 def cells_as_rows(img: Tensor) -> Tensor:
     """``img`` in channels_last memory: each cell's channels side by side, as the tensor cores want both operands.
 

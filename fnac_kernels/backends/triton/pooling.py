@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fnac_kernels._native import image_strides
 from fnac_kernels.backends.triton import tuning
-from fnac_kernels.backends.triton.launch import image_strides, on, run
+from fnac_kernels.backends.triton.launch import on, run
 
 
 @triton.jit(do_not_specialize=["P"])
