@@ -34,9 +34,14 @@ class BackwardSlice {
         if (job.aud != nullptr) load_audio();
     }
 
-    // The images [begin, end).
+    // The images [begin, end). Slices start at images far apart: threads that reach fresh pages of dimg together
+    // would wait for each other.
     void run(int64_t begin, int64_t end, int64_t images) const {
-        for (int64_t n = begin; n < end; n += images) group(n, smaller(images, end - n));
+        const int64_t groups = ceil_div(end - begin, images), start = first_ / kSlice * 5 % 8 * groups / 8;
+        for (int64_t i = 0; i < groups; ++i) {
+            const int64_t n = begin + (start + i) % groups * images;
+            group(n, smaller(images, end - n));
+        }
         if (job_.daud != nullptr) store_audio();
     }
 
