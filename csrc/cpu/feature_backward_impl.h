@@ -34,8 +34,8 @@ class BackwardSlice {
         if (job.aud != nullptr) load_audio();
     }
 
-    // The images [begin, end). Slices start at images far apart: threads that reach fresh pages of dimg together
-    // would wait for each other.
+    // The images [begin, end). Slices start at images far apart: threads that reach fresh pages of dimg
+    // together would wait for each other.
     void run(int64_t begin, int64_t end, int64_t images) const {
         const int64_t groups = ceil_div(end - begin, images), start = first_ / kSlice * 5 % 8 * groups / 8;
         for (int64_t i = 0; i < groups; ++i) {

@@ -136,24 +136,35 @@ struct Sounds {
     }
 };
 
-// out[r] = <x[r], y>. The order of the additions does not depend on R: equal vectors give equal values.
-template <int R>
-inline void dots(const float* const (&x)[R], const float* y, int64_t c, float* out) {
-    __m512 even[R], odd[R];
-    for (int r = 0; r < R; ++r) even[r] = odd[r] = V::set(0.f);
+// <x[r], y> of four vectors, whose values do not depend on which r is whose: equal vectors give equal values.
+inline __m128 dots(const float* const (&x)[4], const float* y, int64_t c) {
+    __m512 even[4], odd[4];
+    for (int r = 0; r < 4; ++r) even[r] = odd[r] = V::set(0.f);
     int64_t k = 0;
     for (; k + 32 <= c; k += 32) {
         const __m512 low = V::load(y + k), high = V::load(y + k + 16);
-        for (int r = 0; r < R; ++r) {
+        for (int r = 0; r < 4; ++r) {
             even[r] = V::fma(V::load(x[r] + k), low, even[r]);
             odd[r] = V::fma(V::load(x[r] + k + 16), high, odd[r]);
         }
     }
     for (; k < c; k += 16)
-        for (int r = 0; r < R; ++r)
+        for (int r = 0; r < 4; ++r)
             even[r] = V::fma(V::load_n(x[r] + k, c - k), V::load_n(y + k, c - k), even[r]);
-    for (int r = 0; r < R; ++r) out[r] = V::sum(even[r] + odd[r]);
+    // Folded together: after two steps each quarter holds a sum of all four.
+    __m512 sums[4];
+    for (int r = 0; r < 4; ++r) sums[r] = even[r] + odd[r];
+    const __m512 front = _mm512_unpacklo_ps(sums[0], sums[1]) + _mm512_unpackhi_ps(sums[0], sums[1]);
+    const __m512 back = _mm512_unpacklo_ps(sums[2], sums[3]) + _mm512_unpackhi_ps(sums[2], sums[3]);
+    const __m512 all = V::unpack_low(front, back) + V::unpack_high(front, back);
+    const __m256 half = _mm512_castps512_ps256(all) + _mm512_extractf32x8_ps(all, 1);
+    return _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
 }
+
+// A cell that may win: cell `cell` of those of image `image` of the group.
+struct Candidate {
+    uint16_t image, cell;
+};
 
 // One task's cells: whole images, or a piece of one that is too large.
 struct Cells {
@@ -169,8 +180,8 @@ class Worker {
         tiles_ = take<uint16_t>(memory, cells * sounds.depth * kTileDepth);
         products_ = take<float>(memory, (cells + kTileRows) * kWidth);
         highest_ = take<float>(memory, kPanelsPerTask * kWidth);
-        candidates_ = take<uint16_t>(memory, kWidth * cells);
-        stride_ = cells;
+        candidates_ = take<Candidate>(memory, kWidth * (cells + kSpare));
+        stride_ = cells + kSpare;
         rows_ = take<float>(memory, cells * padded(c));
     }
     // Cells that a group may have.
@@ -184,7 +195,7 @@ class Worker {
         return sizeof(uint16_t) * cells * sounds.depth * kTileDepth +
                sizeof(float) *
                    ((cells + kTileRows) * kWidth + kPanelsPerTask * kWidth + cells * padded(img.c)) +
-               sizeof(uint16_t) * kWidth * cells + 5 * 64;
+               sizeof(Candidate) * kWidth * (cells + kSpare) + 5 * 64;
     }
 
     // Packs the cells, once for all panels.
@@ -212,15 +223,17 @@ class Worker {
     }
 
   private:
+    static constexpr int64_t kSpare = 1;  // what is written of a candidate that is none
+
     const MaxLogits& job_;
     const FeatureMap& img_;
     const Sounds& sounds_;
-    uint8_t* dense_;        // by image: left to the AVX-512 kernel
-    uint16_t* tiles_;       // [cells / 16][c / 32][16][32]
-    float* products_;       // [cells][32]
-    float* highest_;        // the screen's maximum so far, where an image comes in pieces
-    float* rows_;           // [cells][c], where the image itself has no such rows
-    uint16_t* candidates_;  // [32 sounds][stride_]: cells of the group to multiply again, in order
+    uint8_t* dense_;         // by image: left to the AVX-512 kernel
+    uint16_t* tiles_;        // [cells / 16][c / 32][16][32]
+    float* products_;        // [cells][32]
+    float* highest_;         // the screen's maximum so far, where an image comes in pieces
+    float* rows_;            // [cells][c], where the image itself has no such rows
+    Candidate* candidates_;  // [32 sounds][stride_]: cells of the group to multiply again, in order
     int64_t stride_;
     int64_t found_[kWidth];  // how many there are of each sound
     Cells cells_{};
@@ -324,54 +337,73 @@ class Worker {
             const __m512 eps =
                 V::fma(V::set(norms_[i].residual + gamma * whole), sound + lost, V::set(whole) * lost);
             const __m512 floor = top - V::set(2.f) * eps;
-            for (int64_t p = 0; p < cells_.count; ++p) {
-                unsigned wins =
-                    _mm512_mask_cmp_ps_mask(lanes, V::load(products + p * kWidth + half), floor, _CMP_GE_OQ);
-                budget -= std::popcount(wins);
-                for (; wins; wins &= wins - 1) {
-                    const int64_t lane = half + std::countr_zero(wins);
-                    candidates_[lane * stride_ + found_[lane]++] =
-                        static_cast<uint16_t>(i * cells_.count + p);
-                }
-            }
+            for (int64_t p = 0; p < cells_.count; p += 64)
+                budget -= note(i, p, products + half, floor, lanes, half);
         }
         if (budget >= 0) return;
         std::memcpy(found_, before, sizeof(before));
         make_dense(i);
     }
 
-    // Multiplies a sound's candidates in float32, several at a time while the sound is in L1.
+    // Notes which of up to 64 cells from `first` on reach the floor, and counts them. What varies from pair
+    // to pair is not branched on as far as the second candidate of a sound.
+    int64_t note(int64_t i, int64_t first, const float* products, __m512 floor, __mmask16 lanes,
+                 int64_t half) {
+        uint32_t wins[2][V::kLanes];  // by sound, a bit for each cell
+        for (int64_t h = 0; h < 2; ++h) {
+            __m512i bits = _mm512_setzero_si512(), bit = _mm512_set1_epi32(1);
+            const int64_t begin = first + 32 * h, end = smaller(begin + 32, cells_.count);
+            for (int64_t p = begin; p < end; ++p, bit = _mm512_add_epi32(bit, bit))
+                bits = _mm512_mask_or_epi32(
+                    bits, _mm512_mask_cmp_ps_mask(lanes, V::load(products + p * kWidth), floor, _CMP_GE_OQ),
+                    bits, bit);
+            _mm512_storeu_si512(wins[h], bits);
+        }
+        int64_t count = 0;
+        for (int64_t lane = 0; lane < V::kLanes; ++lane) {
+            uint64_t left = wins[0][lane] | static_cast<uint64_t>(wins[1][lane]) << 32;
+            count += std::popcount(left);
+            Candidate* const to = candidates_ + (half + lane) * stride_;
+            int64_t& found = found_[half + lane];
+            const auto take_one = [&] {
+                to[found] = {static_cast<uint16_t>(i), static_cast<uint16_t>(first + std::countr_zero(left))};
+                found += left != 0;
+                left &= left - 1;
+            };
+            take_one();
+            take_one();
+            while (left) take_one();
+        }
+        return count;
+    }
+
+    // Multiplies a sound's candidates in float32, four at a time while the sound is in L1; the last again
+    // where there are not four left.
     void refine(int64_t lane, int64_t m) {
-        constexpr int kTogether = 4;
-        const uint16_t* candidates = candidates_ + lane * stride_;
+        const Candidate* candidates = candidates_ + lane * stride_;
         const float* sound = sounds_.rows + m * img_.c;
-        const int64_t found = found_[lane];
-        int64_t j = 0;
-        for (; j + kTogether <= found; j += kTogether) {
-            const float* rows[kTogether];
-            for (int r = 0; r < kTogether; ++r) rows[r] = row_of(candidates[j + r]);
-            float values[kTogether];
-            dots(rows, sound, img_.c, values);
-            for (int r = 0; r < kTogether; ++r) keep(candidates[j + r], m, values[r]);
-        }
-        for (; j < found; ++j) {
-            const float* const rows[1] = {row_of(candidates[j])};
-            float value;
-            dots(rows, sound, img_.c, &value);
-            keep(candidates[j], m, value);
+        for (int64_t j = 0, found = found_[lane]; j < found; j += 4) {
+            Candidate some[4];
+            const float* rows[4];
+            for (int r = 0; r < 4; ++r) {
+                some[r] = candidates[smaller(j + r, found - 1)];
+                rows[r] = rows_of(some[r].image) + some[r].cell * row_stride();
+            }
+            float values[4];
+            _mm_storeu_ps(values, dots(rows, sound, img_.c));
+            for (int r = 0; r < 4; ++r) keep(some[r], m, values[r]);
         }
     }
 
-    const float* row_of(int64_t cell) const {
-        if (!rows_in_place()) return rows_ + cell * row_stride();
-        return rows_of(cell / cells_.count) + cell % cells_.count * img_.c;
-    }
-
-    void keep(int64_t cell, int64_t m, float value) {
-        const int64_t at = (cells_.image + cell / cells_.count) * sounds_.m + m;
-        if (!(value > job_.logits[at])) return;
-        job_.logits[at] = value;
-        job_.argmax[at] = static_cast<uint16_t>(cells_.begin + cell % cells_.count);
+    void keep(Candidate candidate, int64_t m, float value) {
+        const int64_t at = (cells_.image + candidate.image) * sounds_.m + m;
+        float& best = job_.logits[at];
+        uint16_t& index = job_.argmax[at];
+        const auto cell = static_cast<uint16_t>(cells_.begin + candidate.cell);
+        // Without a branch, which could not be predicted.
+        const auto wins = static_cast<uint16_t>(-static_cast<int>(value > best));
+        index = static_cast<uint16_t>((cell & wins) | (index & ~wins));
+        best = value > best ? value : best;
     }
 };
 
