@@ -14,8 +14,10 @@ void transpose(const From* from, int64_t from_stride, int64_t rows, int64_t cols
         for (int64_t c = 0; c < cols; c += V::kLanes) {
             const int64_t width = smaller(V::kLanes, cols - c);
             typename V::F x[V::kLanes];
-            for (int64_t i = 0; i < V::kLanes; ++i)
+            for (int64_t i = 0; i < V::kLanes; ++i) {
                 x[i] = i < height ? V::load_n(from + (r + i) * from_stride + c, width) : V::set(0.f);
+                __builtin_prefetch(from + (r + i + V::kLanes) * from_stride + c);
+            }
             V::transpose(x);
             for (int64_t i = 0; i < width; ++i) V::store(to + (c + i) * to_stride + r, x[i]);
         }

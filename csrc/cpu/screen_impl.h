@@ -247,8 +247,9 @@ class Worker {
     }
     bool is_dense(int64_t i) const { return __atomic_load_n(&dense_[cells_.image + i], __ATOMIC_RELAXED); }
     void make_dense(int64_t i) { __atomic_store_n(&dense_[cells_.image + i], uint8_t{1}, __ATOMIC_RELAXED); }
-    // Whole vectors, because that is what a transposition writes.
-    static int64_t padded(int64_t c) { return ceil_div(c, V::kLanes) * V::kLanes; }
+    // Whole vectors, because that is what a transposition writes, and one more, because rows a power of two apart
+    // would share few sets of the first cache.
+    static int64_t padded(int64_t c) { return (ceil_div(c, V::kLanes) + 1) * V::kLanes; }
     int64_t row_stride() const { return rows_in_place() ? img_.c : padded(img_.c); }
     bool rows_in_place() const { return img_.dtype == Dtype::kFloat32 && img_.stride_c == 1; }
     const float* rows_of(int64_t i) const {
