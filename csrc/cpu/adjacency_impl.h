@@ -114,28 +114,17 @@ class Block {
     float* l() const { return buffer_[3]; }   // logits of the rows
     float* lt() const { return buffer_[4]; }  // logits of the columns: lt[r][m] = L[m][first + r]
     int64_t size() const { return size_; }
+    float* piece() const { return piece_; }  // for what is multiplied
 
     // out[r][m] = <features[first + r], features[m]> * scale
     void products(const Features& features, int64_t first, int64_t rows, float* out) const {
-        multiply(features.rows + first * job_.c, job_.c, rows, job_.c, features.panels, size_ / kWidth, out,
-                 size_);
+        multiply<V>(features.rows + first * job_.c, job_.c, 1, rows, job_.c, features.panels, size_ / kWidth,
+                    piece_, out, size_);
         for (int64_t r = 0; r < rows; ++r) {
             float* row = out + r * size_;
             for (int64_t m = 0; m < job_.n; ++m) row[m] *= job_.scale;
             for (int64_t m = job_.n; m < size_; ++m) row[m] = kNegInf;
         }
-    }
-
-    // out[r][32 p + j] = sum_k x[r][k] * panels[p][k][j]: every panel is read once for all rows.
-    void multiply(const float* x, int64_t stride, int64_t rows, int64_t k, const float* panels, int64_t count,
-                  float* out, int64_t out_stride) const {
-        const auto height = [&](int64_t r) { return smaller(V::kMaxCells, rows - r); };
-        for (int64_t r = 0; r < rows; r += V::kMaxCells)
-            pack_piece<V>(x + r * stride, stride, 1, height(r), k, piece_ + r * k);
-        for (int64_t p = 0; p < count; ++p)
-            for (int64_t r = 0; r < rows; r += V::kMaxCells)
-                kTiles<V>.store[height(r)](piece_ + r * k, panels + p * k * kWidth, k, out_stride,
-                                           out + r * out_stride + p * kWidth);
     }
 
     void gather_logits(int64_t first, int64_t rows) const {
@@ -405,7 +394,8 @@ void adjacency_backward(const Adjacency& job) {
         const float* matrices[3] = {block.a(), block.f(), block.i()};
         for (int k = 0; k < 3; ++k) {
             if (!wanted[k]) continue;
-            block.multiply(matrices[k], size, rows, job.n, lanes[k], channels / width, product, channels);
+            multiply<V>(matrices[k], size, 1, rows, job.n, lanes[k], channels / width, block.piece(), product,
+                        channels);
             for (int64_t r = 0; r < rows; ++r)
                 for (int64_t c = 0; c < job.c; ++c)
                     targets[k][(first + r) * job.c + c] = product[r * channels + c] * job.scale;

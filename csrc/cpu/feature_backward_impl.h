@@ -193,6 +193,7 @@ template <class V>
 void feature_backward(const FeatureBackward& job) {
     constexpr int64_t kSlice = BackwardSlice<V, float>::kSlice;
     const FeatureMap& img = job.img;
+    if (img.p == 1) return feature_backward_one_cell<V>(job);
     const int64_t fit = kGroupBytes / static_cast<int64_t>(2 * sizeof(float) * img.p * kSlice);
     const int64_t images = smaller(img.n, fit < 1 ? 1 : smaller(fit, kMaxGroup));
     const int64_t worker_size = 2 * (images * img.p + job.m) * kSlice;

@@ -25,6 +25,7 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 // clang-format off: each needs those before it
 #include "cpu/pack_impl.h"
 #include "cpu/tiles_impl.h"
+#include "cpu/one_cell_impl.h"
 #include "cpu/max_logits_impl.h"
 #include "cpu/pool_impl.h"
 #include "cpu/feature_backward_impl.h"

@@ -10,6 +10,7 @@ template <class V>
 void max_logits(const MaxLogits& job) {
     constexpr int64_t width = 2 * V::kLanes;
     const FeatureMap& img = job.img;
+    if (img.p == 1) return max_logits_one_cell<V>(job);
     const int64_t panels = ceil_div(job.m, width), panel_size = img.c * width;
     const Scratch packed(sizeof(float) * panels * panel_size);
     pack_panels<V>(job.aud, img.c, 1, job.m, img.c, job.threads, packed.as<float>());

@@ -36,9 +36,9 @@ void pack_piece(const T* src, int64_t row_stride, int64_t k_stride, int64_t rows
 }
 
 // out[panel][k][width] = src(lane, k), zero beyond the last lane; width = 2 * kLanes, and one stride is 1.
-template <class V>
-void pack_panels(const float* src, int64_t lane_stride, int64_t k_stride, int64_t lanes, int64_t k,
-                 int threads, float* out) {
+template <class V, class T>
+void pack_panels(const T* src, int64_t lane_stride, int64_t k_stride, int64_t lanes, int64_t k, int threads,
+                 float* out) {
     constexpr int64_t width = 2 * V::kLanes;
     parallel_for(threads, ceil_div(lanes, width), [&](int64_t panel, int) {
         float* to = out + panel * k * width;

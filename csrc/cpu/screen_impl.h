@@ -247,8 +247,8 @@ class Worker {
     }
     bool is_dense(int64_t i) const { return __atomic_load_n(&dense_[cells_.image + i], __ATOMIC_RELAXED); }
     void make_dense(int64_t i) { __atomic_store_n(&dense_[cells_.image + i], uint8_t{1}, __ATOMIC_RELAXED); }
-    // Whole vectors, because that is what a transposition writes, and one more, because rows a power of two apart
-    // would share few sets of the first cache.
+    // Whole vectors, because that is what a transposition writes, and one more, because rows a power of two
+    // apart would share few sets of the first cache.
     static int64_t padded(int64_t c) { return (ceil_div(c, V::kLanes) + 1) * V::kLanes; }
     int64_t row_stride() const { return rows_in_place() ? img_.c : padded(img_.c); }
     bool rows_in_place() const { return img_.dtype == Dtype::kFloat32 && img_.stride_c == 1; }
@@ -435,6 +435,7 @@ void do_dense(const MaxLogits& job, const uint8_t* dense) {
 template <class Products>
 void max_logits_screened(const MaxLogits& job) {
     const FeatureMap& img = job.img;
+    if (img.p == 1 && !job.bf16_products) return avx512_kernels().max_logits(job);  // nothing to screen
     const Sounds sounds(job);
     if (!sounds.all_in_range()) return avx512_kernels().max_logits(job);
     const int64_t capacity = Worker<Products>::capacity(img),
