@@ -113,10 +113,12 @@ SAMPLES = [
     Sample(12, 12, 32, 4, 4, dtype=BF16, kind="ties"),
     Sample(21, 21, 64, 7, 7, dtype=FP16),
     Sample(10, 10, 24, 6, 5, dtype=FP16, layout="channels_last"),
+    Sample(18, 18, 33, 1, 1, dtype=FP16, kind="clustered"),
     # rectangular: only the ops that do not pair rows
     Sample(3, 50, 24, 5, 5),
     Sample(37, 2, 24, 7, 7, layout="channels_last"),
     Sample(5, 66, 31, 2, 9, kind="ties"),
+    Sample(61, 70, 40, 1, 1),
     Sample(20, 35, 64, 7, 7, dtype=BF16),
     Sample(2, 18, 33, 9, 2, dtype=FP16, layout="channels_last"),
 ]
