@@ -189,9 +189,12 @@ def test_the_whole_loss_of_32768_pairs(backend):
     img = F.normalize(img, dim=1).requires_grad_()
     aud = F.normalize(torch.randn(n, 512, device="cuda"), dim=1).to(BF16).requires_grad_()
     loss, maps, dimg, daud = step(img, aud, backend)
-    assert torch.isfinite(loss) and dimg.isfinite().all() and daud.isfinite().all()
-    torch.testing.assert_close(maps[last], fk.paired_maps(img[last], aud[last], backend=backend))
-    assert dimg[last].abs().amax() > 0 and daud[last].abs().amax() > 0
+    assert torch.isfinite(loss)
+    wanted = fk.paired_maps(img[last], aud[last], backend="reference")
+    torch.testing.assert_close(maps[last], wanted.detach(), rtol=1e-4, atol=1e-4)
+    for grad in (dimg, daud):
+        assert grad.isfinite().all()
+        assert grad[last].any()
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)

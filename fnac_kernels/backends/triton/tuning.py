@@ -48,9 +48,9 @@ class Blocks:
 
 # BLOCK_P counts all rows or columns of cells in a tile, of however many images.
 _HOPPER = {
-    # 64 accumulators a thread and 128 registers in all: two programs a multiprocessor, so that one's maxima hide
-    # behind the other's products. Three stages are 96 KB for each.
-    "max_logits": Blocks({"BLOCK_P": 128, "BLOCK_M": 128, "BLOCK_C": 64, "GROUP": 32}, 8, 3, 128),
+    # 85 flop for a byte from the L2 cache, which is the limit: tiles of 128 x 128, two programs a multiprocessor, hide
+    # one's maxima (a sixth of the products' time) behind the other's products, but have 64. Three stages are 144 KB.
+    "max_logits": Blocks({"BLOCK_P": 256, "BLOCK_M": 128, "BLOCK_C": 64, "GROUP": 32}, 8, 3),
     # Where the size above would leave multiprocessors idle: a quarter of it.
     "max_logits_small": Blocks({"BLOCK_P": 64, "BLOCK_M": 64, "BLOCK_C": 64, "GROUP": 32}, 4, 3),
     # Three products for one, operands split in registers.
@@ -91,9 +91,9 @@ _SMALL = _AMPERE | {
     "adjacency_features": replace(_HOPPER["adjacency_features_small"], num_stages=2),
     "adjacency_features_small": replace(_HOPPER["adjacency_features_small"], num_stages=2),
 }
-# Accumulators lie in tensor memory and pass through registers for the maximum: a bound makes spills.
+# Accumulators lie in tensor memory and pass through registers for the maximum: smaller tiles.
 _BLACKWELL = _HOPPER | {
-    "max_logits": replace(_HOPPER["max_logits"], max_registers=None),
+    "max_logits": Blocks({"BLOCK_P": 128, "BLOCK_M": 128, "BLOCK_C": 64, "GROUP": 32}, 8, 3),
 }
 
 #: By compute capability; 86 stands for the chips with 100 KB of shared memory (8.6, 8.7, 8.9, 12.x).
