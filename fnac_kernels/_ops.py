@@ -381,7 +381,7 @@ def _fnac_loss(
     pooled = primitives.pool_pairs(img, aud, tau, threshold, _needs_pooled(weights))
     maps, mask, img_avg, foreground = pooled
     loss, terms, row_stats, col_lse = primitives.adjacency(
-        logits, aud.float(), img_avg, foreground, tau, tuple(weights), adjacency_threshold
+        logits, aud, img_avg, foreground, tau, tuple(weights), adjacency_threshold
     )
     return loss, terms, maps, logits, argmax, mask, img_avg, foreground, row_stats, col_lse
 
@@ -451,7 +451,7 @@ def _fnac_loss_backward_op(
             grad_loss,
             None if grad_terms is None else grad_terms.contiguous(),
             logits,
-            aud.float().contiguous(),
+            aud.contiguous(),
             img_avg,
             foreground,
             row_stats,

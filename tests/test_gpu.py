@@ -181,6 +181,22 @@ def test_pairs_beyond_32_bit_offsets(backend):
     torch.testing.assert_close(dimg[-3:].flatten(1).double(), wanted, rtol=1e-3, atol=1.0)
 
 
+def test_the_whole_loss_of_32768_pairs(backend):
+    n, last = 32_768, slice(-3, None)
+    if free_gib() < 40:
+        pytest.skip("needs 40 GiB")
+    img = torch.empty(n, 512, 7, 7, dtype=BF16, device="cuda").normal_()
+    img = F.normalize(img, dim=1).requires_grad_()
+    aud = F.normalize(torch.randn(n, 512, device="cuda"), dim=1).to(BF16).requires_grad_()
+    loss, maps, dimg, daud = step(img, aud, backend)
+    assert torch.isfinite(loss)
+    wanted = fk.paired_maps(img[last], aud[last], backend="reference")
+    torch.testing.assert_close(maps[last], wanted.detach(), rtol=1e-4, atol=1e-4)
+    for grad in (dimg, daud):
+        assert grad.isfinite().all()
+        assert grad[last].any()
+
+
 @pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
 def test_memory_is_the_gradients_and_12_bytes_a_pair(backend, dtype):
     n, c = 4096, 512

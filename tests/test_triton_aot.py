@@ -21,7 +21,11 @@ TABLE = Path(__file__).parent / "data" / "triton_resources.txt"
 #: Kilobytes that one program may take.
 SHARED_LIMIT = {80: 163, 86: 99, 90: 227, 100: 227}
 TESTED_WITH = "3.6.0"
-NO_PRODUCTS = ("image nchw", "image nhwc", "map", "pool", "audio_share_gather", "audio_gradient", "collect", "finish")
+NO_PRODUCTS = (
+    "image nchw", "image nhwc", "map", "pool", "audio_share_gather", "audio_gradient", "collect", "finish", "parts"
+)  # fmt: skip
+#: Tiles of 32 rows, which the newer instructions do not make.
+SMALL_TILES = ("statistics_small", "distances_small", "weights_small")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +60,7 @@ def test_products_run_on_the_tensor_cores(costs):
     for row in costs:
         if row.kernel.startswith(NO_PRODUCTS):
             assert row.tensor_cores == "-", row
-        elif row.dtype == "bf16":
+        elif row.dtype == "bf16" and not row.kernel.startswith(SMALL_TILES):
             assert row.tensor_cores == newest[row.capability], row
         else:
             assert row.tensor_cores in (newest[row.capability], "mma.sync"), row

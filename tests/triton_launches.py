@@ -1,15 +1,19 @@
-"""What a call launches and how many kernels it compiles, without a GPU: launches are recorded, nothing runs.
+"""What a call launches, allocates and compiles, without a GPU: launches are recorded, nothing runs.
 
 Run as ``python tests/triton_launches.py``; prints JSON. A process of its own, because it replaces Triton's driver.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction, compute_cache_key
@@ -36,6 +40,25 @@ class Hopper:
         return 0
 
 
+class Meter(TorchDispatchMode):
+    """The largest sum of bytes that live tensors made under it take: what PyTorch's allocator would hand out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[StorageWeakRef, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = {StorageWeakRef(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        self.live = {storage: size for storage, size in self.live.items() if not storage.expired()}
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and (storage := StorageWeakRef(x.untyped_storage())) not in inputs:
+                self.live[storage] = x.untyped_storage().nbytes()
+        self.peak = max(self.peak, sum(self.live.values()))
+        return result
+
+
 class Recorder(TorchDispatchMode):
     """The kernels launched while it is active: Triton's by name, PyTorch's as aten operators."""
 
@@ -58,23 +81,32 @@ class Recorder(TorchDispatchMode):
         self.compiled.add(kernel.fn.__name__ + compute_cache_key(keys, specialization, options))
 
 
-def call(n: int, c: int, h: int, w: int, dtype: torch.dtype, layout: torch.memory_format) -> tuple[Recorder, Recorder]:
+def call(
+    n: int, c: int, h: int, w: int, dtype: torch.dtype, layout: torch.memory_format, meter: Meter | None = None
+) -> tuple[Recorder, Recorder]:
     """The whole loss and its gradients: what its two operators do."""
     img = torch.zeros(n, c, h, w, dtype=dtype).contiguous(memory_format=layout)
     aud = torch.zeros(n, c, dtype=dtype)
     settings = (0.03, 0.6, (1.0, 100.0, 100.0, 100.0), None)
     forward, backward = Recorder(), Recorder()
     JITFunction.run = lambda kernel, *a, **k: forward.record(kernel, *a, **k)
-    with forward:
+    with meter or contextlib.nullcontext(), forward:
         loss, _, _, *saved = _ops._fnac_loss(img, aud, *settings, "triton")
     grad = torch.ones_like(loss)
     tau, _, weights, threshold = settings
     JITFunction.run = lambda kernel, *a, **k: backward.record(kernel, *a, **k)
-    with backward:
+    with meter or contextlib.nullcontext(), backward:
         _ops._fnac_loss_backward_op(
             grad, None, None, img, aud, *saved, tau, weights, threshold, True, True, "triton"
         )  # fmt: skip
     return forward, backward
+
+
+def peak(dtype: torch.dtype, layout: torch.memory_format) -> int:
+    """The most that a step of 4096 pairs takes beside its inputs, in bytes."""
+    meter = Meter()
+    call(4096, 512, 7, 7, dtype, layout, meter)
+    return meter.peak
 
 
 def main() -> None:
@@ -88,14 +120,18 @@ def main() -> None:
             launches[f"{n} {layout}"] = [forward.launches, backward.launches]
     variants = {}
     for name, shapes in {
-        "batch": [(n, 512, 7, 7) for n in (256, 257, 300, 384, 511, 512)],
+        "batch": [(n, 512, 7, 7) for n in (256, 272, 304, 384, 496, 512)],
+        "ragged batch": [(n, 512, 7, 7) for n in (257, 260, 300, 388, 510, 511)],
         "channels": [(256, c, 7, 7) for c in (128, 256, 512, 1024)],
         "map": [(256, 512, h, w) for h, w in ((7, 7), (6, 8), (5, 10), (8, 8 - 1))],
-        "everything": [(n, c, h, 7) for n in (256, 301, 400) for c in (64, 512) for h in (5, 6, 7)],
+        "everything": [(n, c, h, 7) for n in (256, 304, 400) for c in (64, 512) for h in (5, 6, 7)],
     }.items():
         calls = [call(*shape, torch.bfloat16, last) for shape in shapes]
         variants[name] = [len(set().union(*(r.compiled for r in pair))) for pair in zip(*calls, strict=True)]
-    print(json.dumps({"launches": launches, "variants": variants}))
+    peaks = {
+        f"{dtype} {layout}": peak(dtype, layout) for dtype in (torch.bfloat16, torch.float32) for layout in (nchw, last)
+    }
+    print(json.dumps({"launches": launches, "variants": variants, "peaks": peaks}))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,9 @@ from fnac_kernels.backends.triton.tuning import TABLE, Blocks
 #: Kilobytes of shared memory a multiprocessor, and threads.
 CHIPS = {80: (164, 2048), 86: (100, 1536), 90: (228, 2048), 100: (228, 2048)}
 CELLS = 49
-SIZES = ("N", "M", "C", "P", "stride_c", "stride_p", "images", "splits", "slots", "tiles", "row0", "rows")
+SIZES = (
+    "N", "M", "C", "P", "count", "stride_c", "stride_p", "images", "splits", "slots", "tiles", "row0", "rows", "width"
+)  # fmt: skip
 NUMBERS = ("scale", "threshold", "w0", "w1", "w2", "w3")
 DISTANCES = {"S1": True, "S2": True, "S3": True}
 TERMS = {"NCE": True, **DISTANCES, "MASKED": True}
@@ -35,12 +37,13 @@ NCHW, CHANNELS_LAST = {"stride_p": 1}, {"stride_c": 1}
 
 
 class Variant(NamedTuple):
-    """A kernel as it is launched: its tile sizes and the arguments that are constants."""
+    """A kernel as it is launched: its tile sizes, the arguments that are constants, and sizes divisible by 16."""
 
     name: str
     kernel: Any
     blocks: Blocks
     constants: dict[str, Any]
+    aligned: tuple[str, ...] = ()
 
 
 class Cost(NamedTuple):
@@ -66,12 +69,12 @@ def variants(capability: int, dtype: str) -> Iterator[Variant]:
     table = TABLE[capability]
     wide = dtype == "fp32"
     precision = {"PRECISION": "tf32x3" if wide else "tf32"}
-    product = {"PRODUCT": tl.bfloat16 if dtype == "bf16" else tl.float32, "WIDEN": False, **precision}
+    product = {"PRODUCT": tl.bfloat16 if dtype == "bf16" else tl.float32, **precision}
     logits, pooling = _module("max_logits"), _module("pooling")
     for name in ("max_logits_float32",) if wide else ("max_logits", "max_logits_small"):
         for cells in (CELLS, 196):
             blocks = tuning.fit_max_logits(table[name], cells)
-            yield Variant(f"{name} {cells}", logits.max_logits_kernel, blocks, {**precision, "WIDEN": False})
+            yield Variant(f"{name} {cells}", logits.max_logits_kernel, blocks, precision)
     for layout, stride in (("nchw", NCHW), ("nhwc", CHANNELS_LAST)):
         whole = tuning.whole_image(CELLS)
         yield Variant(f"image {layout}", pooling.image_kernel, whole, {**stride, "MAPS": True, "AVG": True})
@@ -89,16 +92,25 @@ def variants(capability: int, dtype: str) -> Iterator[Variant]:
     blocks = table["audio_share_gather"]
     yield Variant("audio_share_gather", audio.audio_share_kernel, blocks, {"GATHER": True, **product})
     yield Variant("audio_gradient", audio.audio_gradient_kernel, tuning.audio_gradient(), {"MAPS": True})
-    if not wide:
-        return
     forward, backward, rows = _module("adjacency"), _module("adjacency_backward"), tuning.adjacency_rows()
-    for name in ("adjacency", "adjacency_small"):
-        size, blocks = name.removeprefix("adjacency"), table[name]
-        yield Variant(f"statistics{size}", forward.statistics_kernel, blocks, {**TERMS, **precision})
-        yield Variant(f"distances{size}", forward.distances_kernel, blocks, {**DISTANCES, **precision})
-    weights = {**TERMS, **GRADIENTS, **precision}
-    yield Variant("weights", backward.weights_kernel, table["adjacency_weights"], weights)
-    yield Variant("features", backward.features_kernel, table["adjacency_features"], {**DISTANCES, **precision})
+    forward_products = {"PRECISION": "tf32x3"}  # of means, float32 whatever the features are
+    products = {"PARTS": 1 if wide else 2, **precision}
+    suffix = "_float32" if wide else ""
+    for size in ("", "_small"):
+        tile = table[f"adjacency{size}"]
+        pair, feature = (table[f"adjacency_{name}{size}{suffix}"] for name in ("weights", "features"))
+        # Rows of N values are read 16 bytes at a time where N allows it.
+        for ragged, aligned in ((" ragged", ()), ("", ("N",))):
+            where = f"{size}{ragged}"
+            terms, distances = TERMS | forward_products, DISTANCES | forward_products
+            yield Variant(f"statistics{where}", forward.statistics_kernel, tile, terms, aligned)
+            yield Variant(f"distances{where}", forward.distances_kernel, tile, distances, aligned)
+            yield Variant(f"weights{where}", backward.weights_kernel, pair, TERMS | GRADIENTS | products, aligned)
+        constants = {**DISTANCES, **products, "AUD_PARTS": 2 if dtype == "fp16" else 1}
+        yield Variant(f"features{size}", backward.features_kernel, feature, constants)
+    if not wide:
+        yield Variant("parts", _module("parts").parts_kernel, tuning.elements(), {})
+        return
     yield Variant("collect", forward.collect_kernel, rows, TERMS)
     yield Variant("finish", forward.finish_kernel, rows, {"NCE": True, **DISTANCES})
 
@@ -107,11 +119,16 @@ def compiled(capability: int, dtype: str, variant: Variant) -> Any:
     """Compile with the divisibility of C = 512 and of allocated tensors."""
     constants = variant.constants | variant.blocks.sizes
     features = f"*{dtype}"
-    pointers = {"img": features, "dimg": features, "daud": features, "argmax": "*u16", "mask": "*i8"}
-    if "avg" not in variant.kernel.arg_names or variant.kernel.__name__ in ("image_kernel", "map_kernel"):
-        pointers["aud"] = features
+    pointers = {
+        "img": features, "aud": features, "dimg": features, "daud": features, "argmax": "*u16", "mask": "*i8"
+    }  # fmt: skip
     if variant.kernel.__name__ == "features_kernel":
         pointers["daud"] = "*fp32"
+    if variant.constants.get("PARTS") == 2:
+        pointers |= dict.fromkeys(("avg", "fore", "pair_weights"), "*bf16")
+        pointers["aud"] = "*bf16" if variant.constants.get("AUD_PARTS") == 2 else features
+    if variant.kernel.__name__ == "parts_kernel":
+        pointers = {"z": features, "out": "*bf16"}
 
     def kind(argument: str) -> str:
         if argument in constants:
@@ -122,7 +139,7 @@ def compiled(capability: int, dtype: str, variant: Variant) -> Any:
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, (argument, type_) in enumerate(signature.items())
-        if type_.startswith("*") or argument == "C"
+        if type_.startswith("*") or argument in ("C", "width", *variant.aligned)
     }
     return triton.compile(
         ASTSource(variant.kernel, signature, constants, aligned),

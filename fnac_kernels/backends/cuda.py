@@ -111,10 +111,11 @@ def adjacency(
     adjacency_threshold: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, c = aud.shape
+    inputs = (logits, aud.float(), img_avg, foreground)
     row_stats, col_lse = _floats(logits, n, _ROW_STATS), _floats(logits, n)
     loss, terms = _floats(logits), _floats(logits, 4)
     _native.cuda().adjacency(
-        [x.data_ptr() for x in (logits, aud, img_avg, foreground)],
+        [x.data_ptr() for x in inputs],
         n,
         c,
         tau,
@@ -144,7 +145,7 @@ def adjacency_backward(
     adjacency_threshold: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, c = aud.shape
-    inputs = (logits, aud, img_avg, foreground)
+    inputs = (logits, aud.float(), img_avg, foreground)
     # A gradient that no wanted term reaches is not written by the kernels.
     written = (True, weights[1] or weights[2], weights[3], weights[2])
     grads = tuple(torch.empty_like(x) if w else torch.zeros_like(x) for x, w in zip(inputs, written, strict=True))

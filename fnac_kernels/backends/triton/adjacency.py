@@ -63,10 +63,12 @@ def put_lse(partials, slot, row, N, tile, COLUMN: tl.constexpr, AXIS: tl.constex
 
 @triton.jit
 def put_logits(
-    partials, logits, leaves, n, m, i, j, N, NCE: tl.constexpr, MASKED: tl.constexpr, AXIS: tl.constexpr
+    partials, logits, leaves, n, m, i, j, N,
+    NCE: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
-    tile = logit_tile(logits, n, m, N, AXIS)
+    tile = tl.trans(logit_tile(logits, j * BLOCK, i * BLOCK, N, BLOCK, BLOCK))
     if AXIS == 1:
+        tile = logit_tile(logits, i * BLOCK, j * BLOCK, N, BLOCK, BLOCK)
         row, row_slot, column, column_slot = n, j, m, i
     else:
         row, row_slot, column, column_slot = m, i, n, j
@@ -78,7 +80,7 @@ def put_logits(
         put_lse(partials, column_slot, column, N, tile, LSE_COLUMN, 1 - AXIS)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit
 def statistics_kernel(
     logits, aud, avg, fore, partials, N, C, scale, threshold,
     NCE: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr, MASKED: tl.constexpr,
@@ -88,7 +90,7 @@ def statistics_kernel(
     i, j, n, m = rows_and_columns(tl.program_id(0), BLOCK)
     leaves = n[:, None] < 0
     if S1 or S2 or MASKED:
-        a = gram(aud, n, m, N, C, scale, PRECISION, BLOCK, BLOCK_C)
+        a = gram(aud, n, m, N, C, scale, 1, PRECISION, BLOCK_C)
         if S1 or S2:
             put_lse(partials, j, n, N, a, LSE_A, 1)
             if i < j:
@@ -96,18 +98,18 @@ def statistics_kernel(
         if MASKED:
             leaves = leaves_denominators(a, n, m, threshold)
     if S2:
-        f = gram(fore, n, m, N, C, scale, PRECISION, BLOCK, BLOCK_C)
+        f = gram(fore, n, m, N, C, scale, 1, PRECISION, BLOCK_C)
         put_lse(partials, j, n, N, f, LSE_F, 1)
         if i < j:
             put_lse(partials, i, m, N, f, LSE_F, 0)
     if S3:
-        v = gram(avg, n, m, N, C, scale, PRECISION, BLOCK, BLOCK_C)
+        v = gram(avg, n, m, N, C, scale, 1, PRECISION, BLOCK_C)
         put_lse(partials, j, n, N, v, LSE_I, 1)
         if i < j:
             put_lse(partials, i, m, N, v, LSE_I, 0)
-    put_logits(partials, logits, leaves, n, m, i, j, N, NCE, MASKED, 1)
+    put_logits(partials, logits, leaves, n, m, i, j, N, NCE, MASKED, BLOCK, 1)
     if i < j:
-        put_logits(partials, logits, leaves, n, m, i, j, N, NCE, MASKED, 0)
+        put_logits(partials, logits, leaves, n, m, i, j, N, NCE, MASKED, BLOCK, 0)
 
 
 @triton.jit
@@ -164,19 +166,20 @@ def collect_kernel(
 
 @triton.jit
 def difference(
-    partials, x, y, stats, row, slot, N,
+    partials, x, y, stats, row0, slot, N,
     X: tl.constexpr, Y: tl.constexpr, SX: tl.constexpr, SY: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
     """The sum of ``|P_X - P_Y|`` over a tile; its row sums of sign times softmax go to ``partials``."""
-    px = softmax(x, stats, row, N, X, AXIS)
-    py = softmax(y, stats, row, N, Y, AXIS)
+    row = row0 + tl.arange(0, x.shape[1 - AXIS])
+    px = softmax(x, stats, row0, N, X, AXIS)
+    py = softmax(y, stats, row0, N, Y, AXIS)
     s = sign(px - py)
     put(partials, slot * SUM_PLANES + (SX - S1A), row, N, tl.sum(s * px, axis=AXIS))
     put(partials, slot * SUM_PLANES + (SY - S1A), row, N, tl.sum(s * py, axis=AXIS))
     return tl.sum(tl.abs(px - py))
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit
 def distances_kernel(
     logits, aud, avg, fore, stats, partials, tile_terms, N, C, scale,
     S1: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
@@ -186,25 +189,28 @@ def distances_kernel(
     i, j, n, m = rows_and_columns(tl.program_id(0), BLOCK)
     out = tile_terms + tl.program_id(0) * 3
     if S1 or S3:
-        logit, transposed = logit_tile(logits, n, m, N, 1), logit_tile(logits, n, m, N, 0)
+        logit, transposed = (
+            logit_tile(logits, i * BLOCK, j * BLOCK, N, BLOCK, BLOCK),
+            tl.trans(logit_tile(logits, j * BLOCK, i * BLOCK, N, BLOCK, BLOCK)),
+        )
     if S3:
-        v = gram(avg, n, m, N, C, scale, PRECISION, BLOCK, BLOCK_C)
-        total = difference(partials, v, logit, stats, n, j, N, LSE_I, LSE_L, S3I, S3L, 1)
+        v = gram(avg, n, m, N, C, scale, 1, PRECISION, BLOCK_C)
+        total = difference(partials, v, logit, stats, i * BLOCK, j, N, LSE_I, LSE_L, S3I, S3L, 1)
         if i < j:
-            total += difference(partials, v, transposed, stats, m, i, N, LSE_I, LSE_L, S3I, S3L, 0)
+            total += difference(partials, v, transposed, stats, j * BLOCK, i, N, LSE_I, LSE_L, S3I, S3L, 0)
         tl.store(out + 2, total)
     if S1 or S2:
-        a = gram(aud, n, m, N, C, scale, PRECISION, BLOCK, BLOCK_C)
+        a = gram(aud, n, m, N, C, scale, 1, PRECISION, BLOCK_C)
     if S1:
-        total = difference(partials, a, logit, stats, n, j, N, LSE_A, LSE_L, S1A, S1L, 1)
+        total = difference(partials, a, logit, stats, i * BLOCK, j, N, LSE_A, LSE_L, S1A, S1L, 1)
         if i < j:
-            total += difference(partials, a, transposed, stats, m, i, N, LSE_A, LSE_L, S1A, S1L, 0)
+            total += difference(partials, a, transposed, stats, j * BLOCK, i, N, LSE_A, LSE_L, S1A, S1L, 0)
         tl.store(out, total)
     if S2:
-        f = gram(fore, n, m, N, C, scale, PRECISION, BLOCK, BLOCK_C)
-        total = difference(partials, a, f, stats, n, j, N, LSE_A, LSE_F, S2A, S2F, 1)
+        f = gram(fore, n, m, N, C, scale, 1, PRECISION, BLOCK_C)
+        total = difference(partials, a, f, stats, i * BLOCK, j, N, LSE_A, LSE_F, S2A, S2F, 1)
         if i < j:
-            total += difference(partials, a, f, stats, m, i, N, LSE_A, LSE_F, S2A, S2F, 0)
+            total += difference(partials, a, f, stats, j * BLOCK, i, N, LSE_A, LSE_F, S2A, S2F, 0)
         tl.store(out + 1, total)
 
 
@@ -272,18 +278,18 @@ def adjacency(
     stats, col_lse, entropies = floats(logits, n, ROW_STATS), floats(logits, n), floats(logits, n)
     wanted = flags(weights, adjacency_threshold)
     distances = {name: wanted[name] for name in ("S1", "S2", "S3")}
-    blocks, rows = tuning.adjacency(logits, n), tuning.adjacency_rows()
+    blocks, rows = tuning.adjacency(aud), tuning.adjacency_rows()
     slots = triton.cdiv(n, blocks.sizes["BLOCK"])
     tiles = slots * (slots + 1) // 2
-    products = {"PRECISION": precision(torch.float32), **blocks.options}
-    row_blocks = triton.cdiv(n, rows.sizes["BLOCK"])
+    tile = {"PRECISION": precision(torch.float32), **blocks.options}
     inputs = (logits, aud, img_avg, foreground)
+    row_blocks = triton.cdiv(n, rows.sizes["BLOCK"])
     partials = floats(logits, slots, LSE_PLANES.value, n)
     tile_terms = floats(logits, tiles, 3)
     with on(logits):
         run(
             statistics_kernel, (tiles,), *inputs, partials, n, c, 1 / tau, scaled_threshold(adjacency_threshold, tau),
-            **wanted, **products,
+            **wanted, **tile,
         )  # fmt: skip
         run(
             collect_kernel, (row_blocks,), partials, logits, stats, col_lse, entropies, n, slots,
@@ -293,7 +299,7 @@ def adjacency(
             # The log-sum-exps are collected: their partials' memory is free for the sums.
             run(
                 distances_kernel, (tiles,), *inputs, stats, partials, tile_terms, n, c, 1 / tau,
-                **distances, **products,
+                **distances, **tile,
             )  # fmt: skip
         run(
             finish_kernel, (row_blocks + 1,), partials, tile_terms, entropies, stats, loss, terms, n, slots, tiles,

@@ -34,27 +34,55 @@ def rows_and_columns(program, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def gram(x, n, m, N, C, scale, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
-    """``<x[n], x[m]> * scale`` of a tile; -inf beyond the matrix, so that its exp is 0."""
+def add_gram(total, x, y, n, m, N, C, PRECISION: tl.constexpr, BLOCK_C: tl.constexpr):
+    """``total + <x[n], y[m]>`` of a tile; beyond the last row that one is repeated."""
     c = tl.arange(0, BLOCK_C)
     rows_at = x + tl.minimum(n, N - 1)[:, None].to(tl.int64) * C + c[None, :]
-    columns_at = x + tl.minimum(m, N - 1)[None, :].to(tl.int64) * C + c[:, None]
-    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    columns_at = y + tl.minimum(m, N - 1)[None, :].to(tl.int64) * C + c[:, None]
     for c0 in range(0, C, BLOCK_C):
         rows = tl.load(rows_at, mask=c[None, :] < C - c0, other=0.0)
         columns = tl.load(columns_at, mask=c[:, None] < C - c0, other=0.0)
         total = add_product(total, rows, columns, PRECISION)
         rows_at += BLOCK_C
         columns_at += BLOCK_C
+    return total
+
+
+@triton.jit
+def gram(
+    x, n, m, N, C, scale, PARTS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """``<x[n], x[m]> * scale`` of a tile, x ``(PARTS, N, C)``; -inf beyond the matrix, so that its exp is 0."""
+    total = tl.zeros((n.shape[0], m.shape[0]), tl.float32)
+    if PARTS == 2:
+        low = x + tl.cast(N, tl.int64) * C
+        total = add_gram(total, low, x, n, m, N, C, PRECISION, BLOCK_C)
+        total = add_gram(total, x, low, n, m, N, C, PRECISION, BLOCK_C)
+    total = add_gram(total, x, x, n, m, N, C, PRECISION, BLOCK_C)
     return tl.where((n[:, None] < N) & (m[None, :] < N), total * scale, float("-inf"))
 
 
 @triton.jit
-def logit_tile(logits, n, m, N, AXIS: tl.constexpr):
-    """``logits[n, m]`` or, for AXIS 0, ``logits[m, n]`` at ``(n, m)``; -inf beyond the matrix."""
-    row, column = n[:, None].to(tl.int64), m[None, :].to(tl.int64)
-    at = row * N + column if AXIS == 1 else column * N + row
-    return tl.load(logits + at, mask=(row < N) & (column < N), other=float("-inf"))
+def tile_at(x, n0, m0, N, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Where the tile of ``x (.., N)`` from row n0 and column m0 on lies.
+
+    One 64-bit address and 32-bit offsets, which all tiles share: with 64-bit ones for each of them kernels spill.
+    """
+    inside = tl.arange(0, BLOCK_N)[:, None] * N + tl.arange(0, BLOCK_M)[None, :]
+    return x + (tl.cast(n0, tl.int64) * N + m0) + inside
+
+
+@triton.jit
+def within(rows, columns, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """What of a tile is among the first ``rows`` and ``columns``."""
+    return (tl.arange(0, BLOCK_N)[:, None] < rows) & (tl.arange(0, BLOCK_M)[None, :] < columns)
+
+
+@triton.jit
+def logit_tile(logits, n0, m0, N, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """``logits[n, m]`` of the tile from (n0, m0) on; -inf beyond the matrix."""
+    inside = within(N - n0, N - m0, BLOCK_N, BLOCK_M)
+    return tl.load(tile_at(logits, n0, m0, N, BLOCK_N, BLOCK_M), mask=inside, other=float("-inf"))
 
 
 @triton.jit
@@ -64,14 +92,16 @@ def along(vector, AXIS: tl.constexpr):
 
 
 @triton.jit
-def stat(stats, row, N, COLUMN: tl.constexpr, AXIS: tl.constexpr):
-    return along(tl.load(stats + COLUMN * N + row, mask=row < N, other=0.0), AXIS)
+def stat(stats, row0, N, COLUMN: tl.constexpr, BLOCK: tl.constexpr, AXIS: tl.constexpr):
+    block = tl.arange(0, BLOCK)
+    return along(tl.load(stats + (COLUMN * N + row0) + block, mask=block < N - row0, other=0.0), AXIS)
 
 
 @triton.jit
-def softmax(tile, stats, row, N, COLUMN: tl.constexpr, AXIS: tl.constexpr):
-    """The row softmax of a tile whose rows are ``row``."""
-    return tl.exp(tile - stat(stats, row, N, COLUMN, AXIS) - stat(stats, row, N, COLUMN + 1, AXIS))
+def softmax(tile, stats, row0, N, COLUMN: tl.constexpr, AXIS: tl.constexpr):
+    """The row softmax of a tile whose rows are ``row0`` and the following."""
+    BLOCK: tl.constexpr = tile.shape[1 - AXIS]
+    return tl.exp(tile - stat(stats, row0, N, COLUMN, BLOCK, AXIS) - stat(stats, row0, N, COLUMN + 1, BLOCK, AXIS))
 
 
 @triton.jit

@@ -25,7 +25,7 @@ GATHER_CELLS = 128
 @triton.jit(do_not_specialize=["N", "M", "P", "images"])
 def audio_share_kernel(
     img, grad_logits, argmax, shares, N, M, C, P, images,
-    GATHER: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    GATHER: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """What ``images`` images in a row give to BLOCK_M sounds by BLOCK_C channels; ``img`` is ``(N, P, C)``."""
@@ -46,12 +46,10 @@ def audio_share_kernel(
             for p0 in range(0, P, BLOCK_P):
                 p = p0 + tl.arange(0, BLOCK_P)
                 # Sounds along the fast axis, where a thread holds few of them, and transposed afterwards.
-                weights = tl.trans(one_hot(cell[None, :], grad[None, :], p[:, None], PRODUCT, WIDEN))
+                weights = tl.trans(one_hot(cell[None, :], grad[None, :], p[:, None], PRODUCT))
                 cells = tl.load(
                     image + p[:, None] * C + c[None, :], mask=(p[:, None] < P) & (c[None, :] < C), other=0.0
                 ).to(PRODUCT)
-                if WIDEN:
-                    cells = cells.to(tl.float32)
                 total = add_product(total, weights, cells, PRECISION)
     out = (split.to(tl.int64) * M + m[:, None]) * C + c[None, :]
     tl.store(shares + out, total, mask=(m[:, None] < M) & (c[None, :] < C))

@@ -32,7 +32,7 @@ def of_images(x, first, second, column, width, upper, IMAGES: tl.constexpr):
 def image_gradient_kernel(
     aud, grad_logits, argmax, grad_maps, mask, grad_avg, grad_foreground, dimg, N, M, C, P, stride_c, stride_p, scale,
     LOGITS: tl.constexpr, MAPS: tl.constexpr, AVG: tl.constexpr, FOREGROUND: tl.constexpr,
-    PRODUCT: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
     IMAGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_P cells of one or two images (then all their cells), by BLOCK_C channels.
@@ -67,12 +67,10 @@ def image_gradient_kernel(
             m = m0 + tl.arange(0, BLOCK_M)
             grad = of_images(grad_logits, first, second, m, M, upper, IMAGES) * scale
             cell = of_images(argmax, first, second, m, M, upper, IMAGES).to(tl.int32)
-            weights = one_hot(cell, grad, p[:, None], PRODUCT, WIDEN)
+            weights = one_hot(cell, grad, p[:, None], PRODUCT)
             sounds = tl.load(
                 aud + m[:, None].to(tl.int64) * C + c[None, :], mask=(m[:, None] < M) & (c[None, :] < C), other=0.0
             ).to(PRODUCT)
-            if WIDEN:
-                sounds = sounds.to(tl.float32)
             total = add_product(total, weights, sounds, PRECISION)
     tl.store(
         dimg + n[:, None] * C * P + p[:, None] * stride_p + c[None, :] * stride_c, total.to(dimg.dtype.element_ty),

@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
-import triton
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 
 Precision = Literal["tf32x3", "tf32"]
 
@@ -21,16 +19,6 @@ def cells_as_rows(img: Tensor) -> Tensor:
     The copy moves 2 bytes of every feature twice where the products read it hundreds of times.
     """
     return img.contiguous(memory_format=torch.channels_last)
-
-
-def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels: that was settled when they were defined."""
-    return isinstance(_probe, InterpretedFunction)
-
-
-@triton.jit
-def _probe():
-    """Only its type is looked at."""
 
 
 def precision(dtype: torch.dtype) -> Precision:

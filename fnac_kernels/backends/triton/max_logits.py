@@ -11,14 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fnac_kernels.backends.triton import sweep, tuning
-from fnac_kernels.backends.triton.launch import cells_as_rows, interpreted, on, precision, run
+from fnac_kernels.backends.triton.launch import cells_as_rows, on, precision, run
 from fnac_kernels.backends.triton.products import add_product
 
 
 @triton.jit
 def tile_maximum(
     img, aud, n0, m, p0, N, M, C, P,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
     IMAGES: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Maximum and first argmax over WIDTH cells of each of IMAGES images: two ``(BLOCK_M, IMAGES)``.
@@ -36,8 +36,6 @@ def tile_maximum(
     for c0 in range(0, C, BLOCK_C):
         sounds = tl.load(sounds_at, mask=c[None, :] < C - c0, other=0.0)
         cells = tl.load(cells_at, mask=c[:, None] < C - c0, other=0.0)
-        if WIDEN:
-            sounds, cells = sounds.to(tl.float32), cells.to(tl.float32)
         similarity = add_product(similarity, sounds, cells, PRECISION)
         sounds_at += BLOCK_C
         cells_at += BLOCK_C
@@ -62,7 +60,7 @@ def keep_larger(best, index, top, first):
 @triton.jit(do_not_specialize=["N", "M", "P"])
 def max_logits_kernel(
     img, aud, logits, argmax, N, M, C, P, scale,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr, FULL: tl.constexpr, TAIL: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr, FULL: tl.constexpr, TAIL: tl.constexpr, GROUP: tl.constexpr,
     IMAGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M sounds and IMAGES images, cells in tiles of BLOCK_P (if FULL) and a last one of TAIL."""
@@ -79,14 +77,12 @@ def max_logits_kernel(
     index = tl.zeros((BLOCK_M, IMAGES), tl.int32)
     if FULL:
         for p0 in range(0, P - P % BLOCK_P, BLOCK_P):
-            top, first = tile_maximum(
-                img, aud, n0, m, p0, N, M, C, P, PRECISION, WIDEN, IMAGES, BLOCK_P, BLOCK_M, BLOCK_C
-            )
+            top, first = tile_maximum(img, aud, n0, m, p0, N, M, C, P, PRECISION, IMAGES, BLOCK_P, BLOCK_M, BLOCK_C)
             best, index = keep_larger(best, index, top, first)
     if TAIL:
         top, first = tile_maximum(
             img, aud, n0, m, P - P % BLOCK_P if FULL else 0, N, M, C, P,
-            PRECISION, WIDEN, IMAGES, TAIL, BLOCK_M, BLOCK_C,
+            PRECISION, IMAGES, TAIL, BLOCK_M, BLOCK_C,
         )  # fmt: skip
         best, index = keep_larger(best, index, top, first)
     n = n0 + tl.arange(0, IMAGES)
@@ -106,7 +102,7 @@ def max_logits(img: Tensor, aud: Tensor, tau: float) -> tuple[Tensor, Tensor]:
         programs = triton.cdiv(n, blocks.sizes["IMAGES"]) * triton.cdiv(m, blocks.sizes["BLOCK_M"])
         run(
             max_logits_kernel, (programs,), rows, aud, logits, argmax, n, m, c, cells, 1 / tau,
-            PRECISION=precision(img.dtype), WIDEN=interpreted() and img.dtype != torch.float32, **blocks.options,
+            PRECISION=precision(img.dtype), **blocks.options,
         )  # fmt: skip
 
     with on(img):

@@ -8,14 +8,13 @@ import torch
 import triton
 import triton.language as tl
 
-from fnac_kernels.backends.triton.launch import interpreted, precision
+from fnac_kernels.backends.triton.launch import precision
 
 
 @triton.jit
-def one_hot(cell, grad, p, PRODUCT: tl.constexpr, WIDEN: tl.constexpr):
+def one_hot(cell, grad, p, PRODUCT: tl.constexpr):
     """``grad`` where ``cell == p``, in the dtype that it is multiplied in."""
-    weights = tl.where(cell == p, grad, 0.0).to(PRODUCT)
-    return weights.to(tl.float32) if WIDEN else weights
+    return tl.where(cell == p, grad, 0.0).to(PRODUCT)
 
 
 def one_hot_products(dtype: torch.dtype) -> dict[str, Any]:
@@ -24,9 +23,4 @@ def one_hot_products(dtype: torch.dtype) -> dict[str, Any]:
     Of bfloat16 features the gradient is rounded to bfloat16, like the result, and multiplied at the full rate. The
     range of float16 does not hold a gradient (it may be scaled by any factor), so there both become float32.
     """
-    bfloat16 = dtype == torch.bfloat16
-    return {
-        "PRODUCT": tl.bfloat16 if bfloat16 else tl.float32,
-        "PRECISION": precision(dtype),
-        "WIDEN": bfloat16 and interpreted(),
-    }
+    return {"PRODUCT": tl.bfloat16 if dtype == torch.bfloat16 else tl.float32, "PRECISION": precision(dtype)}

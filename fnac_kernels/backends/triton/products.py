@@ -4,6 +4,31 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+
+
+@triton.jit
+def _probe():
+    """Only its type is looked at."""
+
+
+#: Whether Triton's interpreter runs the kernels: that was settled when they were defined.
+INTERPRETED = tl.constexpr(isinstance(_probe, InterpretedFunction))
+
+
+@triton.jit
+def rounded(x):
+    """A float32 tile in bfloat16, rounded to nearest: the interpreter would cut."""
+    if INTERPRETED:
+        x = ((x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
+    return x.to(tl.bfloat16)
+
+
+@triton.jit
+def halves(x):
+    """A float32 tile as the sum of two of bfloat16: 16 bits of it."""
+    high = rounded(x)
+    return high, rounded(x - high.to(tl.float32))
 
 
 @triton.jit
@@ -15,7 +40,9 @@ def add_product(total, a, b, PRECISION: tl.constexpr):
     good as float32's (Ootomo and Yokota, arXiv 2203.03341). An FMA, because Triton would fold a plain addition into
     the product.
     """
-    if PRECISION == "tf32x3":
+    if INTERPRETED:  # it multiplies the bits of bfloat16 values as integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    if PRECISION == "tf32x3" and a.dtype == tl.float32:
         return tl.fma(tl.dot(a, b, input_precision=PRECISION), 1.0, total)
     else:
         return tl.dot(a, b, total, input_precision=PRECISION)

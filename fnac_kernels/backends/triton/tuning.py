@@ -48,9 +48,9 @@ class Blocks:
 
 # BLOCK_P counts all rows or columns of cells in a tile, of however many images.
 _HOPPER = {
-    # 64 accumulators a thread and 128 registers in all: two programs a multiprocessor, so that one's maxima hide
-    # behind the other's products. Three stages are 96 KB for each.
-    "max_logits": Blocks({"BLOCK_P": 128, "BLOCK_M": 128, "BLOCK_C": 64, "GROUP": 32}, 8, 3, 128),
+    # 85 flop for a byte from the L2 cache, which is the limit: tiles of 128 x 128, two programs a multiprocessor, hide
+    # one's maxima (a sixth of the products' time) behind the other's products, but have 64. Three stages are 144 KB.
+    "max_logits": Blocks({"BLOCK_P": 256, "BLOCK_M": 128, "BLOCK_C": 64, "GROUP": 32}, 8, 3),
     # Where the size above would leave multiprocessors idle: a quarter of it.
     "max_logits_small": Blocks({"BLOCK_P": 64, "BLOCK_M": 64, "BLOCK_C": 64, "GROUP": 32}, 4, 3),
     # Three products for one, operands split in registers.
@@ -65,26 +65,35 @@ _HOPPER = {
     "audio_share_gather": Blocks({"BLOCK_P": 16, "BLOCK_M": 32, "BLOCK_C": 128}, 4),
     "adjacency": Blocks({"BLOCK": 64, "BLOCK_C": 32}, 8),
     # 36 programs at a batch of 256, where tiles of 64 would give 10.
-    "adjacency_small": Blocks({"BLOCK": 32, "BLOCK_C": 16}, 4),
-    # Tiles of 64 spill: the addresses of what is read of rows and columns take the registers.
-    "adjacency_weights": Blocks({"BLOCK": 32, "BLOCK_C": 32}, 8),
-    "adjacency_features": Blocks({"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_C": 64}, 4),
+    "adjacency_small": Blocks({"BLOCK": 32, "BLOCK_C": 16}, 4, 3),
+    # Of 16-bit features: parts of 16 bits, whose operands come straight from shared memory.
+    "adjacency_weights": Blocks({"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_C": 64}, 8, 3),
+    "adjacency_weights_small": Blocks({"BLOCK_N": 32, "BLOCK_M": 32, "BLOCK_C": 64}, 4, 3),
+    # A sixth of 4096 rows makes 132 programs.
+    "adjacency_features": Blocks({"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_C": 128}, 8, 3),
+    "adjacency_features_small": Blocks({"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_C": 64}, 4, 3),
+    "adjacency_weights_float32": Blocks({"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_C": 32}, 8),
+    "adjacency_weights_small_float32": Blocks({"BLOCK_N": 32, "BLOCK_M": 32, "BLOCK_C": 32}, 4),
+    "adjacency_features_float32": Blocks({"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_C": 128}, 8),
+    "adjacency_features_small_float32": Blocks({"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_C": 64}, 4),
 }
 # mma.sync keeps both operands in registers: a bound on them makes spills, and tiles of adjacency are the small ones.
 _AMPERE = _HOPPER | {
     # 48 KB in three stages; one program a multiprocessor (255 registers), two would need 128.
     "max_logits": Blocks({"BLOCK_P": 128, "BLOCK_M": 128, "BLOCK_C": 32, "GROUP": 32}, 8, 3),
     "audio_share": Blocks({"BLOCK_P": 32, "BLOCK_M": 128, "BLOCK_C": 128}, 8, 3),
-    "adjacency": _HOPPER["adjacency_small"],
-    "adjacency_weights": Blocks({"BLOCK": 32, "BLOCK_C": 16}, 8),
-    "adjacency_features": Blocks({"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_C": 64}, 8),
+    **dict.fromkeys(("adjacency", "adjacency_small"), Blocks({"BLOCK": 32, "BLOCK_C": 16}, 4, 2, 168)),
+    "adjacency_weights_float32": Blocks({"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_C": 32}, 8),
 }
 # 100 KB of shared memory a multiprocessor, of which no line takes more than half; three stages spill here.
-_SMALL = _AMPERE | {"max_logits_small": replace(_HOPPER["max_logits_small"], num_stages=2)}
-# Accumulators lie in tensor memory and pass through registers for the maximum: a bound makes spills.
+_SMALL = _AMPERE | {
+    "max_logits_small": replace(_HOPPER["max_logits_small"], num_stages=2),
+    "adjacency_features": replace(_HOPPER["adjacency_features_small"], num_stages=2),
+    "adjacency_features_small": replace(_HOPPER["adjacency_features_small"], num_stages=2),
+}
+# Accumulators lie in tensor memory and pass through registers for the maximum: smaller tiles.
 _BLACKWELL = _HOPPER | {
-    "max_logits": replace(_HOPPER["max_logits"], max_registers=None),
-    "adjacency_weights": Blocks({"BLOCK": 32, "BLOCK_C": 16}, 8, 1),
+    "max_logits": Blocks({"BLOCK_P": 128, "BLOCK_M": 128, "BLOCK_C": 64, "GROUP": 32}, 8, 3),
 }
 
 #: By compute capability; 86 stands for the chips with 100 KB of shared memory (8.6, 8.7, 8.9, 12.x).
@@ -166,21 +175,35 @@ def audio_gradient() -> Blocks:
     return Blocks({"BLOCK_C": 512}, num_warps=4)
 
 
-def adjacency(x: Tensor, n: int) -> Blocks:
-    return _line(x, "adjacency_small" if n <= 512 else "adjacency")
+def _sized(aud: Tensor, name: str) -> str:
+    """For a batch of up to 512 small tiles, so that all multiprocessors have one."""
+    return f"{name}_small" if len(aud) <= 512 else name
 
 
-def adjacency_weights(x: Tensor) -> Blocks:
-    return _line(x, "adjacency_weights")
+def _adjacency_line(aud: Tensor, name: str) -> Blocks:
+    return _line(aud, _sized(aud, name) + ("_float32" if aud.dtype == torch.float32 else ""))
 
 
-def adjacency_features(x: Tensor) -> Blocks:
-    return _line(x, "adjacency_features")
+def adjacency(aud: Tensor) -> Blocks:
+    return _line(aud, _sized(aud, "adjacency"))
+
+
+def adjacency_weights(aud: Tensor) -> Blocks:
+    return _adjacency_line(aud, "adjacency_weights")
+
+
+def adjacency_features(aud: Tensor) -> Blocks:
+    return _adjacency_line(aud, "adjacency_features")
 
 
 def adjacency_rows() -> Blocks:
     """Sums over slots: memory traffic alone."""
     return Blocks({"BLOCK": 64}, num_warps=2)
+
+
+def elements() -> Blocks:
+    """Element by element: memory traffic alone."""
+    return Blocks({"BLOCK": 1024}, num_warps=4)
 
 
 def whole_image(cells: int) -> Blocks | None:
