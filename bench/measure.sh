@@ -11,7 +11,7 @@ run() {
     ${WRAP:-} "${PYTHON:-python}" -m "${@:2}" --device cpu --out "$folder/$1.json"
 }
 loss="bench --ops fnac_loss --cases"
-run 1-batch $loss b32-7x7 b64-7x7 b128-7x7 published b512-7x7 b1024-7x7 --seconds 6
+run 1-batch $loss b32-7x7 b64-7x7 b128-7x7 published b512-7x7 b1024-7x7 --rounds 75 --seconds 20
 run 2-batch-large $loss b2048-7x7 --rounds 5 --seconds 1
 run 3-cells $loss b128-4x4 b128-14x14 b128-28x28
 run 4-shapes $loss published-smooth published-channels-last b256-14x14
