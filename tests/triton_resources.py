@@ -8,9 +8,10 @@ multiprocessor, ``warps`` how many warps that makes.
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,11 +174,17 @@ def resident(capability: int, registers: int, shared: int, warps: int) -> int:
     )
 
 
+def chip(capability: int) -> list[Cost]:
+    """All variants on one chip."""
+    return [cost(capability, dtype, v) for dtype in ("fp32", "bf16", "fp16") for v in variants(capability, dtype)]
+
+
 def table(capabilities: tuple[int, ...] = tuple(CHIPS)) -> list[Cost]:
-    """All variants on all chips."""
-    wanted = [(c, d, v) for c in capabilities for d in ("fp32", "bf16", "fp16") for v in variants(c, d)]
-    with ThreadPoolExecutor(2) as pool:  # most of the time is ptxas, a process of its own
-        return list(pool.map(lambda each: cost(*each), wanted))
+    """All variants on all chips. In processes: threads that parse kernels at a time can fail in CPython 3.11 ("AST
+    constructor recursion depth mismatch").
+    """
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        return [row for rows in pool.map(chip, capabilities) for row in rows]
 
 
 if __name__ == "__main__":
