@@ -16,6 +16,7 @@ void transpose(const From* from, int64_t from_stride, int64_t rows, int64_t cols
             typename V::F x[V::kLanes];
             for (int64_t i = 0; i < V::kLanes; ++i) {
                 x[i] = i < height ? V::load_n(from + (r + i) * from_stride + c, width) : V::set(0.f);
+                // Rows are read a vector at a time: no stream that the hardware would see ahead.
                 __builtin_prefetch(from + (r + i + V::kLanes) * from_stride + c);
             }
             V::transpose(x);
