@@ -128,12 +128,12 @@ class Block {
     }
 
     void gather_logits(int64_t first, int64_t rows) const {
-        for (int64_t r = 0; r < rows; ++r) {
-            std::memcpy(l() + r * size_, job_.logits + (first + r) * job_.n, sizeof(float) * job_.n);
-        }
         transpose<V>(job_.logits + first, job_.n, job_.n, rows, lt(), size_);
-        for (int64_t r = 0; r < rows; ++r)
-            for (int64_t m = job_.n; m < size_; ++m) l()[r * size_ + m] = lt()[r * size_ + m] = kNegInf;
+        for (int64_t r = 0; r < rows; ++r) {
+            float *row = l() + r * size_, *column = lt() + r * size_;
+            std::memcpy(row, job_.logits + (first + r) * job_.n, sizeof(float) * job_.n);
+            for (int64_t m = job_.n; m < size_; ++m) row[m] = column[m] = kNegInf;
+        }
     }
 
     // Whether pair (n, m) leaves the InfoNCE denominators; a is the row of A that carries the scale.

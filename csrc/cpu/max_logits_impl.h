@@ -12,7 +12,7 @@ void max_logits(const MaxLogits& job) {
     const FeatureMap& img = job.img;
     if (img.p == 1) return max_logits_one_cell<V>(job);
     const int64_t panels = ceil_div(job.m, width), panel_size = img.c * width;
-    const Scratch packed(sizeof(float) * panels * panel_size);
+    const Scratch packed(panel_bytes<V>(job.m, img.c));
     pack_panels<V>(job.aud, img.c, 1, job.m, img.c, job.threads, packed.as<float>());
 
     const int64_t fit = kPanelBytes / static_cast<int64_t>(sizeof(float) * panel_size);

@@ -5,10 +5,11 @@ namespace fnac {
 namespace {
 
 // Calls finish(r, row) for each row of the product of x, (rows, k) with these strides, and panels of
-// `columns` lanes.
+// `columns` lanes. Where k is 0, so are the rows, and x may be null.
 template <class V, class T, class Finish>
 void dense_product(const T* x, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k,
                    const Scratch& panels, int64_t columns, int threads, Finish&& finish) {
+    if (k == 0) row_stride = 0;                   // null has no rows to step to
     constexpr int64_t height = 4 * V::kMaxCells;  // rows that a panel serves while it is in L1
     const int64_t count = ceil_div(columns, 2 * V::kLanes), stride = count * 2 * V::kLanes;
     const int64_t piece_size = height * k + V::kLanes, worker_size = piece_size + height * stride;
@@ -23,14 +24,10 @@ void dense_product(const T* x, int64_t row_stride, int64_t k_stride, int64_t row
     });
 }
 
-inline size_t panel_bytes(int64_t lanes, int64_t width, int64_t k) {
-    return sizeof(float) * ceil_div(lanes, width) * width * k;
-}
-
 template <class V>
 void max_logits_one_cell(const MaxLogits& job) {
     const FeatureMap& img = job.img;
-    const Scratch sounds(panel_bytes(job.m, 2 * V::kLanes, img.c));
+    const Scratch sounds(panel_bytes<V>(job.m, img.c));
     pack_panels<V>(job.aud, img.c, 1, job.m, img.c, job.threads, sounds.as<float>());
     std::memset(job.argmax, 0, sizeof(uint16_t) * img.n * job.m);
     with_dtype(img.dtype, [&]<class T>(T) {
@@ -46,7 +43,7 @@ template <class V, class T>
 void image_gradient_one_cell(const FeatureBackward& job) {
     using F = typename V::F;
     const int64_t c = job.img.c, k = job.grad_logits == nullptr ? 0 : job.m;
-    const Scratch sounds(panel_bytes(c, 2 * V::kLanes, k));
+    const Scratch sounds(panel_bytes<V>(c, k));
     pack_panels<V>(job.aud, 1, c, c, k, job.threads, sounds.as<float>());
     dense_product<V>(job.grad_logits, k, 1, job.img.n, k, sounds, c, job.threads,
                      [&](int64_t n, const float* row) {
@@ -70,7 +67,7 @@ void audio_gradient_one_cell(const FeatureBackward& job) {
     using F = typename V::F;
     const int64_t c = job.img.c, k = job.grad_logits == nullptr ? 0 : job.img.n;
     const T* images = static_cast<const T*>(job.img.data);
-    const Scratch cells(panel_bytes(c, 2 * V::kLanes, k));
+    const Scratch cells(panel_bytes<V>(c, k));
     pack_panels<V>(images, 1, c, c, k, job.threads, cells.as<float>());
     dense_product<V>(job.grad_logits, 1, job.m, job.m, k, cells, c, job.threads,
                      [&](int64_t m, const float* row) {

@@ -36,6 +36,11 @@ void pack_piece(const T* src, int64_t row_stride, int64_t k_stride, int64_t rows
     }
 }
 
+template <class V>
+size_t panel_bytes(int64_t lanes, int64_t k) {
+    return sizeof(float) * ceil_div(lanes, 2 * V::kLanes) * 2 * V::kLanes * k;
+}
+
 // out[panel][k][width] = src(lane, k), zero beyond the last lane; width = 2 * kLanes, and one stride is 1.
 template <class V, class T>
 void pack_panels(const T* src, int64_t lane_stride, int64_t k_stride, int64_t lanes, int64_t k, int threads,
