@@ -11,6 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
+from fnac.files import once_whole
+
 
 class BestAndLast(ModelCheckpoint):
     """Keeps the last epoch (``last.ckpt``) and the best on the validation split (``best.ckpt``), where there is one.
@@ -65,8 +67,8 @@ class BestAndLast(ModelCheckpoint):
 
 @rank_zero_only
 def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
+    with once_whole(target) as partial:
+        shutil.copyfile(source, partial)
 
 
 class History(Callback):

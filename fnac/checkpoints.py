@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from fnac.files import once_whole
 
 LIGHTNING_PREFIX = "model."  # the attribute of the Lightning module that holds the model
 
@@ -65,8 +66,5 @@ def _read(path: str | Path) -> Any:
 
 def save_weights(states: Mapping[str, Tensor], path: str | Path) -> None:
     """Write a state dict under its name only once it is whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    torch.save(dict(states), partial)
-    partial.replace(path)
+    with once_whole(path) as partial:
+        torch.save(dict(states), partial)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from fnac.files import once_whole
 
 Table = Mapping[str, Mapping[str, float]]  # row -> score -> value in 0..1
 
@@ -47,11 +48,8 @@ def environment() -> dict[str, str]:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a file; it appears under its name only once it is whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with once_whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_results(path: str | Path, table: Table, **facts: Any) -> None:
