@@ -131,26 +131,34 @@ class BackwardSlice {
         }
     }
 
+    // What the loops read is copied to locals: a vector store may alias any member, which would be read
+    // again.
     template <bool kImg, bool kAud>
     void add_logits(int64_t n0, int64_t count) const {
-        for (int64_t m = 0; m < job_.m; ++m) {
+        const int64_t audios = job_.m, cells = cells_;
+        const float *const features = features_, *const aud = aud_;
+        float *const grads = grads_, *const daud = daud_;
+        const float* const weights = job_.grad_logits + n0 * audios;
+        const uint16_t* const argmax = job_.argmax + n0 * audios;
+        for (int64_t m = 0; m < audios; ++m) {
             F a[kVectors], da[kVectors];
             for (int v = 0; v < kVectors; ++v) {
-                a[v] = V::load(aud_ + m * kSlice + v * V::kLanes);
-                da[v] = V::load(daud_ + m * kSlice + v * V::kLanes);
+                a[v] = V::load(aud + m * kSlice + v * V::kLanes);
+                da[v] = V::load(daud + m * kSlice + v * V::kLanes);
             }
             for (int64_t i = 0; i < count; ++i) {
-                const int64_t pair = (n0 + i) * job_.m + m;
-                const F g = V::set(job_.grad_logits[pair]);
-                const int64_t cell = i * cells_ + job_.argmax[pair] * kSlice;
+                const F g = V::set(weights[i * audios + m]);
+                const int64_t cell = i * cells + argmax[i * audios + m] * kSlice;
+                float* const d = grads + cell;
+                const float* const x = features + cell;
                 for (int v = 0; v < kVectors; ++v) {
-                    float* d = grads_ + cell + v * V::kLanes;
-                    if constexpr (kImg) V::store(d, V::fma(g, a[v], V::load(d)));
-                    if constexpr (kAud) da[v] = V::fma(g, V::load(features_ + cell + v * V::kLanes), da[v]);
+                    if constexpr (kImg)
+                        V::store(d + v * V::kLanes, V::fma(g, a[v], V::load(d + v * V::kLanes)));
+                    if constexpr (kAud) da[v] = V::fma(g, V::load(x + v * V::kLanes), da[v]);
                 }
             }
             if constexpr (kAud)
-                for (int v = 0; v < kVectors; ++v) V::store(daud_ + m * kSlice + v * V::kLanes, da[v]);
+                for (int v = 0; v < kVectors; ++v) V::store(daud + m * kSlice + v * V::kLanes, da[v]);
         }
     }
 
