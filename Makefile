@@ -37,13 +37,13 @@ format: install
 test: lint
 	$(BIN)/python -m pytest -q tests
 
-# The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, on every instruction set there is, in a
-# copy of the package. Python itself leaks on purpose, so leaks are not looked for.
+# The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, on every instruction set there is and, with
+# AVX512_BF16, on AMX's tiles in plain code, in a copy of the package. Python itself leaks on purpose, so leaks are not looked for.
 sanitize: install
 	rm -rf $(SANITIZED)/package && mkdir -p $(SANITIZED)/package && cp -r fnac_kernels $(SANITIZED)/package/
 	rm -f $(SANITIZED)/package/fnac_kernels/*.so
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(SANITIZED)/native -GNinja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-		-DFNAC_SANITIZE=ON -DFNAC_CUDA=off -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+		-DFNAC_SANITIZE=ON -DFNAC_EMULATE_TILES=ON -DFNAC_CUDA=off -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
 		-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) \
 		-DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(SANITIZED)/package/fnac_kernels >/dev/null
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED)/native

@@ -10,8 +10,7 @@
 #include "cpu/parallel.h"
 
 #if defined(__x86_64__) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
+#include "cpu/amx_tiles.h"
 #endif
 
 namespace fnac {
@@ -61,32 +60,18 @@ double run(Loop loop, int threads, int milliseconds) {
 
 #if defined(__x86_64__) && defined(__linux__)
 
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-};
-
-bool has_amx() {
-    __builtin_cpu_init();
-    constexpr int kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM)
-    return __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-
-// Inline assembly throughout: the intrinsics of GCC 12 declare only 8 bytes of the configuration as read.
 double amx_bfloat16() {
-    TileConfig config;
-    for (int tile = 0; tile < 8; ++tile) {
-        config.row_bytes[tile] = 64;
-        config.rows[tile] = 16;
+    const tiles::Configured configured;
+    tiles::zero<4>();
+    tiles::zero<5>();
+    tiles::zero<6>();
+    tiles::zero<7>();
+    for (int step = 0; step < kSteps / 16; ++step) {
+        tiles::add_product<0, 4, 5>();
+        tiles::add_product<1, 4, 5>();
+        tiles::add_product<2, 6, 7>();
+        tiles::add_product<3, 6, 7>();
     }
-    asm volatile("ldtilecfg %0" : : "m"(config));
-    asm volatile("tilezero %tmm4\n\ttilezero %tmm5\n\ttilezero %tmm6\n\ttilezero %tmm7");
-    for (int step = 0; step < kSteps / 16; ++step)
-        asm volatile(
-            "tdpbf16ps %tmm4, %tmm5, %tmm0\n\ttdpbf16ps %tmm4, %tmm5, %tmm1\n\t"
-            "tdpbf16ps %tmm6, %tmm7, %tmm2\n\ttdpbf16ps %tmm6, %tmm7, %tmm3");
-    asm volatile("tilerelease");
     return 2.0 * (kSteps / 16) * 4 * 16 * 16 * 32;
 }
 
@@ -106,7 +91,7 @@ double peak_fma(int threads, int milliseconds) {
 
 double peak_amx(int threads, int milliseconds) {
 #if defined(__x86_64__) && defined(__linux__)
-    if (has_amx()) return run(amx_bfloat16, threads, milliseconds);
+    if (tiles::usable()) return run(amx_bfloat16, threads, milliseconds);
 #endif
     (void)threads, (void)milliseconds;
     return 0;
