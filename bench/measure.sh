@@ -20,6 +20,7 @@ run 6-parts bench --ops max_logits max_logits_forward --cases published tall wid
 run 7-pooled bench --ops paired_maps adjacency_contrastive --cases published b1024-7x7 --seconds 4
 run 8-nce bench --ops nce --cases b1024-1x1 --seconds 4
 run 9-training-step bench.training_step
+run a-training-step-kept bench.training_step --keep-memory
 run b-cells-large $loss b128-56x56 --rounds 3 --seconds 1
 run c-frames $loss frames --rounds 3 --seconds 1
 run d-batch-huge $loss b4096-7x7 --rounds 3 --seconds 1

@@ -135,12 +135,13 @@ def _size(row: Row) -> tuple[int, int]:
 
 
 def _case(name: str) -> str:
+    name, _, note = name.partition(", ")
     case: Case | None = CASES.get(name)
     if case is None:
         return name
     batch = f"B={case.n}" if case.paired else f"{case.n} images, {case.m} sounds"
-    notes = [name] if not name.startswith("b") else []
-    return f"{batch}, {case.h}x{case.w}" + (f" ({notes[0]})" if notes else "")
+    notes = list(filter(None, ["" if name.startswith("b") else name, note]))
+    return f"{batch}, {case.h}x{case.w}" + (f" ({', '.join(notes)})" if notes else "")
 
 
 def _figure(row: Row | None, ours: bool) -> str:

@@ -20,6 +20,7 @@ from bench.cases import OPS, TAU, Case
 from bench.report import table
 from bench.results import Row, Run
 from bench.timer import interleave
+from fnac.memory import keep_freed_memory
 from fnac.model import AudioVisualModel
 from fnac_kernels import reference
 
@@ -71,8 +72,11 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--keep-memory", action="store_true", help="for all of them, as the fnac command does on a CPU")
     parser.add_argument("--out", type=Path, help="write the results here, as JSON")
     options = parser.parse_args()
+    if options.keep_memory and not keep_freed_memory():
+        parser.error("--keep-memory: this C library, or the environment, decides otherwise")
     torch.manual_seed(0)
     model = AudioVisualModel(image_dropout=0.0).to(options.device)
     batch = (
@@ -87,7 +91,7 @@ def main() -> None:
         if name != WITHOUT_LOSS and abs(value - first[rivals.BASELINE]) > tolerance * abs(value):
             raise SystemExit(f"{name} gives a loss of {value}, {rivals.BASELINE} {first[rivals.BASELINE]}: not timed")
     timings = interleave(steps, options.device, rounds=options.rounds, seconds=options.seconds)
-    case = f"b{options.batch}-{options.size // 32}x{options.size // 32}"
+    case = f"b{options.batch}-{options.size // 32}x{options.size // 32}" + ", memory kept" * options.keep_memory
     rows = [
         Row("training_step", case, "float32", name, "ok", "", t.p20, t.p50, t.p80, t.rounds)
         for name, t in timings.items()
@@ -96,7 +100,12 @@ def main() -> None:
         row.ratio = timings[rivals.BASELINE].p50 / timings[row.contender].p50
     print(f"a training step, batch {options.batch}, {options.size}x{options.size} images\n{table(rows)}")
     if options.out:
-        settings = {"rounds": options.rounds, "seconds": options.seconds, "threads": torch.get_num_threads()}
+        settings = {
+            "rounds": options.rounds,
+            "seconds": options.seconds,
+            "threads": torch.get_num_threads(),
+            "keep_memory": options.keep_memory,
+        }
         Run(machine.facts(options.device), settings, {}, rows).write(options.out)
 
 

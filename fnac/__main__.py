@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 
+from fnac.memory import keep_freed_memory
+
 
 def main() -> None:
-    """Run the command line of :mod:`fnac.cli`."""
+    """Run the command line of :mod:`fnac.cli`, in a process that keeps the memory it frees."""
+    keep_freed_memory()
     try:
         from fnac.cli import main as run
     except ModuleNotFoundError as error:
