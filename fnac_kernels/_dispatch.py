@@ -33,7 +33,8 @@ REFERENCE = "reference"
 class Backend:
     """One way to run the kernels: its module, the tensors it takes, and a probe that says why it is not usable.
 
-    ``emulation`` is the variable of the environment under which its kernels run on CPU tensors, for tests.
+    ``emulation`` is the variable of the environment under which its kernels run on CPU tensors, for tests. With
+    ``narrow_argmax`` the argmax of ``max_logits`` is uint8 where a map has at most 256 cells.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Backend:
     device: str
     probe: Callable[[], str | None]
     emulation: str | None = None
+    narrow_argmax: bool = False
 
     @property
     def emulated(self) -> bool:
@@ -89,7 +91,9 @@ BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend("cpu", "fnac_kernels.backends.cpu", "cpu", _probe_cpu),
-        Backend("triton", "fnac_kernels.backends.triton", "cuda", _probe_triton, "TRITON_INTERPRET"),
+        Backend(
+            "triton", "fnac_kernels.backends.triton", "cuda", _probe_triton, "TRITON_INTERPRET", narrow_argmax=True
+        ),
         Backend("cuda", "fnac_kernels.backends.cuda", "cuda", _probe_cuda, "FNAC_CUDA_EMULATION"),
     )
 }

@@ -138,8 +138,10 @@ def _max_logits(img: Tensor, aud: Tensor, tau: float, backend: str) -> tuple[Ten
 
 
 def _max_logits_fake(img: Tensor, aud: Tensor, tau: float, backend: str) -> tuple[Tensor, Tensor]:
-    shape = (img.shape[0], aud.shape[0])
-    return _float(img, *shape), img.new_empty(shape, dtype=torch.uint16)
+    n, _, h, w = img.shape
+    narrow = h * w <= 256 and _dispatch.BACKENDS[backend].narrow_argmax
+    argmax = img.new_empty((n, aud.shape[0]), dtype=torch.uint8 if narrow else torch.uint16)
+    return _float(img, *argmax.shape), argmax
 
 
 def _max_logits_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

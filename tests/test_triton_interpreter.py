@@ -92,14 +92,16 @@ def test_the_sweep_prints_a_line_of_the_table_once_and_only_if_asked(monkeypatch
 
 
 LARGE = """
-import torch, fnac_kernels as fk
-from fnac_kernels.backends.triton import adjacency_backward, tuning
+import sys, torch, fnac_kernels as fk
+from fnac_kernels.backends.triton import audio_gradient, tuning
 table = tuning.TABLE[90]
 narrow = table["max_logits"].sized(BLOCK_M=16, GROUP=2)
 tuning.max_logits = lambda img, n, m, cells: tuning.fit_max_logits(narrow, cells)
 tuning.image_gradient = lambda img, n, cells: tuning.fit_image_gradient(table["image_gradient"], cells)
 tuning._sized = lambda aud, name: name
-adjacency_backward.rows_at_a_time = lambda n: n // 6
+# The package's attribute of this name is the function.
+sys.modules["fnac_kernels.backends.triton.adjacency_backward"].rows_at_a_time = lambda n: n // 6
+audio_gradient.LARGEST_COPY = 81 * 24 * 49 * 2 // 3  # three pieces, of the larger maps four
 torch.manual_seed(0)
 for cells in ((7, 7), (9, 10)):
     img, aud = torch.randn(81, 24, *cells), torch.randn(81, 24)
@@ -118,6 +120,6 @@ for cells in ((7, 7), (9, 10)):
 
 
 def test_what_only_large_batches_do():
-    """The large tiles, several groups of sounds, ranges of rows: here with a batch that the interpreter can bear."""
+    """Large tiles, groups of sounds, ranges of rows, copies in pieces: with a batch that the interpreter can bear."""
     done = interpret("-c", LARGE)
     assert done.returncode == 0, done.stderr[-3000:]

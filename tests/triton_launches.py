@@ -23,7 +23,8 @@ from fnac_kernels import _dispatch, _ops
 #: PyTorch's operators that move no data.
 FREE = {
     "empty", "empty_like", "empty_strided", "new_empty", "view", "unbind", "detach", "select", "alias", "as_strided",
-    "expand", "transpose", "t", "permute", "slice", "unsqueeze", "squeeze", "_unsafe_view", "lift_fresh",
+    "expand", "transpose", "t", "permute", "slice", "split", "split_with_sizes", "unsqueeze", "squeeze", "_unsafe_view",
+    "lift_fresh",
 }  # fmt: skip
 
 

@@ -92,7 +92,9 @@ def variants(capability: int, dtype: str) -> Iterator[Variant]:
         yield Variant("audio_share", audio.audio_share_kernel, blocks, {"GATHER": False, **product})
     blocks = table["audio_share_gather"]
     yield Variant("audio_share_gather", audio.audio_share_kernel, blocks, {"GATHER": True, **product})
-    yield Variant("audio_gradient", audio.audio_gradient_kernel, tuning.audio_gradient(), {"MAPS": True})
+    yield Variant(
+        "audio_gradient", audio.audio_gradient_kernel, tuning.audio_gradient(), {**CHANNELS_LAST, "MAPS": True}
+    )
     forward, backward, rows = _module("adjacency"), _module("adjacency_backward"), tuning.adjacency_rows()
     forward_products = {"PRECISION": "tf32x3"}  # of means, float32 whatever the features are
     products = {"PARTS": 1 if wide else 2, **precision}
@@ -121,7 +123,7 @@ def compiled(capability: int, dtype: str, variant: Variant) -> Any:
     constants = variant.constants | variant.blocks.sizes
     features = f"*{dtype}"
     pointers = {
-        "img": features, "aud": features, "dimg": features, "daud": features, "argmax": "*u16", "mask": "*i8"
+        "img": features, "aud": features, "dimg": features, "daud": features, "argmax": "*u8", "mask": "*i8"
     }  # fmt: skip
     if variant.kernel.__name__ == "features_kernel":
         pointers["daud"] = "*fp32"

@@ -11,8 +11,8 @@ import pytest
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 
-# Prints whether memory is kept, and the page faults of filling 100 MB once more. Not the second time: glibc finds a freed
-# block too small for its like, by the alignment, until two lie side by side.
+# Prints whether memory is kept, and the page faults of filling 100 MB once more. Not the second time: glibc finds a
+# freed block too small for its like, by the alignment, until two lie side by side.
 FILLS = """
 import resource
 import torch

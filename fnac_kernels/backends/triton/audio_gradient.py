@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fnac_kernels._native import image_strides
 from fnac_kernels.backends.triton import sweep, tuning
 from fnac_kernels.backends.triton.launch import cells_as_rows, run
 from fnac_kernels.backends.triton.one_hot import one_hot, one_hot_products
@@ -20,6 +21,8 @@ from fnac_kernels.backends.triton.products import add_product
 
 #: Counted: products of 2*64*ceil(P/64) flop a pair and channel at 600 TFLOP/s, against 2 bytes at 5 TB/s.
 GATHER_CELLS = 128
+#: Bytes of channels_last copies alive at a time, as far as four pieces do it: each piece has shares of its own.
+LARGEST_COPY = 128 * 2**20
 
 
 @triton.jit(do_not_specialize=["N", "M", "P", "images"])
@@ -57,7 +60,7 @@ def audio_share_kernel(
 
 @triton.jit(do_not_specialize=["splits", "M", "P"])
 def audio_gradient_kernel(
-    shares, img, grad_maps, daud, splits, M, C, P, scale,
+    shares, img, grad_maps, daud, splits, M, C, P, stride_c, stride_p, scale,
     MAPS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The gradient of BLOCK_C channels of one sound: its shares in order, and what comes through its own map."""
@@ -68,7 +71,7 @@ def audio_gradient_kernel(
         total += tl.load(shares + (split * M + m) * C + c, mask=c < C, other=0.0)
     if MAPS:
         for p in range(0, P):
-            cell = tl.load(img + (m * P + p) * C + c, mask=c < C, other=0.0)
+            cell = tl.load(img + m * P * C + p * stride_p + c * stride_c, mask=c < C, other=0.0)
             total += tl.load(grad_maps + m * P + p) * cell.to(tl.float32)
     tl.store(daud + m * C + c, (total * scale).to(daud.dtype.element_ty), mask=c < C)
 
@@ -76,30 +79,42 @@ def audio_gradient_kernel(
 def audio_gradient(
     img: Tensor, aud: Tensor, tau: float, grad_logits: Tensor | None, argmax: Tensor | None, grad_maps: Tensor | None
 ) -> Tensor:
-    n, c, h, w = img.shape
+    _, c, h, w = img.shape
     m, cells = aud.shape[0], h * w
-    rows = cells_as_rows(img)
-    daud = torch.empty_like(aud)
     gather = img.dtype != torch.bfloat16 or cells > GATHER_CELLS
 
     def add_up(blocks: tuning.Blocks) -> Tensor:
+        assert grad_logits is not None
+        assert argmax is not None
         tiles = triton.cdiv(m, blocks.sizes["BLOCK_M"]) * triton.cdiv(c, blocks.sizes["BLOCK_C"])
-        images = triton.cdiv(n, tuning.splits(tiles, n))
-        splits = triton.cdiv(n, images)
-        shares = torch.empty((splits, m, c), dtype=torch.float32, device=img.device)
-        run(
-            audio_share_kernel, (tiles, splits), rows, grad_logits, argmax, shares, n, m, c, cells, images,
-            GATHER=gather, **one_hot_products(img.dtype), **blocks.options,
-        )  # fmt: skip
+        pieces = _pieces(img)
+        splits = [tuning.splits(tiles, len(piece)) for piece in pieces]
+        shares = torch.empty((sum(splits), m, c), dtype=torch.float32, device=img.device)
+        images = [len(piece) for piece in pieces]
+        grads, chosen = grad_logits.split(images), argmax.split(images)
+        for piece, grad, cell, share in zip(pieces, grads, chosen, shares.split(splits), strict=True):
+            run(
+                audio_share_kernel, (tiles, len(share)), cells_as_rows(piece), grad, cell, share,
+                len(piece), m, c, cells, triton.cdiv(len(piece), len(share)),
+                GATHER=gather, **one_hot_products(img.dtype), **blocks.options,
+            )  # fmt: skip
         return shares
 
     shares = torch.empty((0, m, c), dtype=torch.float32, device=img.device)
     if grad_logits is not None:
         blocks = tuning.audio_share(img, cells, gather)
         shares = add_up(sweep.chosen("audio_share", sweep.shape_class(img, m), blocks, add_up))
+    daud = torch.empty_like(aud)
     blocks = tuning.audio_gradient()
     run(
-        audio_gradient_kernel, (m, triton.cdiv(c, blocks.sizes["BLOCK_C"])),
-        shares, rows, grad_maps, daud, len(shares), m, c, cells, 1 / tau, MAPS=grad_maps is not None, **blocks.options,
+        audio_gradient_kernel, (m, triton.cdiv(c, blocks.sizes["BLOCK_C"])), shares, img, grad_maps, daud,
+        len(shares), m, c, cells, *image_strides(img), 1 / tau, MAPS=grad_maps is not None, **blocks.options,
     )  # fmt: skip
     return daud
+
+
+def _pieces(img: Tensor) -> tuple[Tensor, ...]:
+    """``img``, or of a large one in NCHW up to four pieces, which are copied one after the other."""
+    if img.is_contiguous(memory_format=torch.channels_last):
+        return (img,)
+    return img.tensor_split(min(4, len(img), triton.cdiv(img.nbytes, LARGEST_COPY)))

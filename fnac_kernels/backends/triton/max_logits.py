@@ -89,14 +89,14 @@ def max_logits_kernel(
     out = n[None, :].to(tl.int64) * M + m[:, None]
     inside = (n[None, :] < N) & (m[:, None] < M)
     tl.store(logits + out, best * scale, mask=inside)
-    tl.store(argmax + out, index.to(tl.uint16), mask=inside)
+    tl.store(argmax + out, index.to(argmax.dtype.element_ty), mask=inside)
 
 
 def max_logits(img: Tensor, aud: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     n, c, h, w = img.shape
     m, cells = aud.shape[0], h * w
     logits = torch.empty((n, m), dtype=torch.float32, device=img.device)
-    argmax = torch.empty((n, m), dtype=torch.uint16, device=img.device)
+    argmax = torch.empty((n, m), dtype=torch.uint8 if cells <= 256 else torch.uint16, device=img.device)
 
     def launch(blocks: tuning.Blocks) -> None:
         programs = triton.cdiv(n, blocks.sizes["IMAGES"]) * triton.cdiv(m, blocks.sizes["BLOCK_M"])
