@@ -13,8 +13,9 @@ import torch
 from bench import limits, machine, memory, rivals, work
 from bench.cases import CASES, DEFAULT, OPS, Case, Op
 from bench.report import table
-from bench.results import Row, Run
+from bench.results import MEMORY_KEPT, Row, Run
 from bench.timer import interleave
+from fnac.memory import keep_freed_memory
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -42,6 +43,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=25, help="samples of each contender, at most")
     parser.add_argument("--seconds", type=float, default=8.0, help="time for the samples of a case")
     parser.add_argument("--memory-limit", type=float, default=8.0, help="GiB a call may need beyond its inputs")
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="in a process that keeps freed memory, as the fnac command's does"
+    )
     parser.add_argument("--no-memory", action="store_true", help="skip the peak memory, a fresh process per row")
     parser.add_argument("--out", type=Path, help="write the results here, as JSON")
     return parser
@@ -62,7 +66,7 @@ def measure(op: Op, case: Case, dtype: str, options: argparse.Namespace, peaks: 
     """A row per contender: first who can and who fits, then who agrees, and only then how long it takes."""
     precision = getattr(torch, dtype)
     names = [name for name in rivals.CONTENDERS if name in (rivals.BASELINE, *options.backends)]
-    rows = {name: Row(op.name, case.name, dtype, name) for name in names}
+    rows = {name: Row(op.name, case.name + MEMORY_KEPT * options.keep_memory, dtype, name) for name in names}
     inputs = work.leaves(op, case, options.device)
     exact = work.oracle(op, inputs)
     size = round(options.memory_limit * memory.GIB)
@@ -99,14 +103,16 @@ def measure(op: Op, case: Case, dtype: str, options: argparse.Namespace, peaks: 
 
 
 def main() -> int:
-    options = arguments().parse_args()
+    parser = arguments()
+    options = parser.parse_args()
+    if options.keep_memory and not keep_freed_memory():
+        parser.error("--keep-memory: this C library, or the environment, decides otherwise")
     torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision(options.matmul_precision)
     warnings.filterwarnings("ignore", module="torch")
     pairs = selected(options)
-    settings = {
-        key: getattr(options, key) for key in ("matmul_precision", "threads", "rounds", "seconds", "memory_limit")
-    }
+    kept = ("matmul_precision", "threads", "rounds", "seconds", "memory_limit", "keep_memory")
+    settings = {key: getattr(options, key) for key in kept}
     run = Run(machine.facts(options.device), settings, machine.peaks(options.device), [])
     print(", ".join(f"{name} {value / 1e9:.0f} G/s" for name, value in run.peaks.items()), flush=True)
     for op, case in pairs:

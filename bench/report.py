@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bench import plots
 from bench.cases import CASES, OPS, Case
-from bench.results import DIRECTORY, Row, Run
+from bench.results import DIRECTORY, MEMORY_KEPT, Row, Run
 from bench.rivals import BASELINE, CONTENDERS
 
 README = DIRECTORY.parents[1] / "README.md"
@@ -129,16 +129,17 @@ def _absent(rows: Sequence[Row]) -> str:
     return "Not run: " + "; ".join(f"{name} ({why})" for name, why in reasons.items()) + "." if reasons else ""
 
 
-def _size(row: Row) -> tuple[int, int]:
-    case = CASES.get(row.case)
-    return (case.cells, case.n * case.m) if case else (0, 0)
+def _size(row: Row) -> tuple[bool, int, int]:
+    case = CASES.get(row.case.removesuffix(MEMORY_KEPT))
+    kept = row.case.endswith(MEMORY_KEPT)
+    return (kept, case.cells, case.n * case.m) if case else (kept, 0, 0)
 
 
-def _case(name: str) -> str:
-    name, _, note = name.partition(", ")
+def _case(full: str) -> str:
+    name, _, note = full.partition(", ")
     case: Case | None = CASES.get(name)
     if case is None:
-        return name
+        return full
     batch = f"B={case.n}" if case.paired else f"{case.n} images, {case.m} sounds"
     notes = list(filter(None, ["" if name.startswith("b") else name, note]))
     return f"{batch}, {case.h}x{case.w}" + (f" ({', '.join(notes)})" if notes else "")

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 Status = Literal["ok", "out of memory", "not run", "differs", "failed"]
 DIRECTORY = Path(__file__).parent / "results"
+#: Ends the name of a case that was measured in a process that keeps freed memory.
+MEMORY_KEPT = ", memory kept"
 
 
 @dataclass

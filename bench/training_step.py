@@ -18,7 +18,7 @@ import fnac_kernels
 from bench import machine, rivals
 from bench.cases import OPS, TAU, Case
 from bench.report import table
-from bench.results import Row, Run
+from bench.results import MEMORY_KEPT, Row, Run
 from bench.timer import interleave
 from fnac.memory import keep_freed_memory
 from fnac.model import AudioVisualModel
@@ -72,7 +72,9 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--keep-memory", action="store_true", help="for all of them, as the fnac command does on a CPU")
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="in a process that keeps freed memory, as the fnac command's does"
+    )
     parser.add_argument("--out", type=Path, help="write the results here, as JSON")
     options = parser.parse_args()
     if options.keep_memory and not keep_freed_memory():
@@ -91,7 +93,7 @@ def main() -> None:
         if name != WITHOUT_LOSS and abs(value - first[rivals.BASELINE]) > tolerance * abs(value):
             raise SystemExit(f"{name} gives a loss of {value}, {rivals.BASELINE} {first[rivals.BASELINE]}: not timed")
     timings = interleave(steps, options.device, rounds=options.rounds, seconds=options.seconds)
-    case = f"b{options.batch}-{options.size // 32}x{options.size // 32}" + ", memory kept" * options.keep_memory
+    case = f"b{options.batch}-{options.size // 32}x{options.size // 32}" + MEMORY_KEPT * options.keep_memory
     rows = [
         Row("training_step", case, "float32", name, "ok", "", t.p20, t.p50, t.p80, t.rounds)
         for name, t in timings.items()

@@ -27,6 +27,8 @@ RUN = Run(
         Row("fnac_loss", "published", "float32", "cuda", "not run", "runs on cuda"),
         Row("fnac_loss", "b4096-7x7", "float32", "eager", "out of memory", "needs more"),
         Row("fnac_loss", "b4096-7x7", "float32", "cpu", p50=4000.0, peak_bytes=600_000_000),
+        Row("fnac_loss", "published, memory kept", "float32", "eager", p50=60.0, ratio=1.0),
+        Row("fnac_loss", "published, memory kept", "float32", "cpu", p50=20.0, ratio=3.0, fraction=0.5),
     ],
 )
 
@@ -54,6 +56,7 @@ def test_the_section_shows_ours_against_the_baseline_and_who_ran_out_of_memory()
     made = report.section({"desk": [RUN]})
     assert "| B=256, 7x7 (published) | 80.0 (1.00x) | **40.0 (2.00x)** | 22% | 147 | 34.0 |" in made
     assert "| B=4096, 7x7 | out of memory | **4,000** |" in made
+    assert "| B=256, 7x7 (published, memory kept) | 60.0 (1.00x) | **20.0 (3.00x)** | 50% |  |  |" in made
     assert "Not run: cuda (runs on cuda)." in made
     assert "float32 multiply-adds 400 GFLOP/s" in made
 
