@@ -13,10 +13,9 @@ def seconds(op: Op, case: Case, dtype: str, peaks: dict[str, float]) -> float:
     result from bfloat16 products and corrections may pass 1.
     """
     flops, elements = work(op, case)
-    if dtype == "float32":
-        rate = max(peaks["gemm_float32"], peaks.get("fma", 0.0))
-    else:
-        rate = max(peaks["gemm_bfloat16"], peaks.get("amx_bfloat16", 0.0))
+    rate = max(peaks["gemm_float32"], peaks.get("fma", 0.0))
+    if dtype != "float32":  # 16-bit values can be multiplied in float32 too, where that is faster
+        rate = max(rate, peaks["gemm_bfloat16"], peaks.get("amx_bfloat16", 0.0))
     return max(flops / rate, 4 * elements / peaks["copy"])
 
 

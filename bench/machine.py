@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import os
 import platform
@@ -86,10 +87,16 @@ def peaks(device: str) -> dict[str, float]:
     return limits
 
 
-def _gemm(size: int, dtype: torch.dtype, device: str) -> float:
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    return 2 * size**3 / _best_seconds(lambda: torch.mm(a, b, out=out), device)
+def _gemm(largest: int, dtype: torch.dtype, device: str) -> float:
+    """Of square matrices, as large as ``largest``; smaller ones where the machine has no instructions for ``dtype``."""
+    size, seconds = 128, 0.0
+    while size < largest and seconds < 0.02:
+        size *= 2
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        multiply = functools.partial(torch.mm, a, b, out=out)
+        seconds = min(_seconds(multiply, device) for _ in range(2))  # the first may load a library
+    return 2 * size**3 / _best_seconds(multiply, device)
 
 
 def _copy(size: int, device: str) -> float:
@@ -100,17 +107,17 @@ def _copy(size: int, device: str) -> float:
 
 def _best_seconds(call: Callable[[], object], device: str, seconds: float = 0.5) -> float:
     """The fastest of the calls that fit into ``seconds``: a limit is what the machine can do at best."""
-
-    def once() -> float:
-        start = time.perf_counter()
-        call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    once()
-    times = [once()]
+    _seconds(call, device)
+    times = [_seconds(call, device)]
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
-        times.append(once())
+        times.append(_seconds(call, device))
     return min(times)
+
+
+def _seconds(call: Callable[[], object], device: str) -> float:
+    start = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

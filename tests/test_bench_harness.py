@@ -97,6 +97,8 @@ def test_the_limit_counts_the_work():
     flops = 2 * 256 * 256 * 49 * 512
     assert limits.seconds(op, case, "float32", peaks) == pytest.approx(flops / 1e12)
     assert limits.seconds(op, case, "bfloat16", peaks) == pytest.approx(flops / 4e12)
+    peaks["gemm_bfloat16"] = 1e9  # no instructions for it
+    assert limits.seconds(op, case, "bfloat16", peaks) == pytest.approx(flops / 1e12)
     peaks["copy"] = 1.0
     assert limits.seconds(op, case, "float32", peaks) == pytest.approx(4 * 256 * 49 * 512)
 
