@@ -1,7 +1,8 @@
 """The max-pooled logits are float32-exact: attacks on the bound under which the screening kernels leave cells out.
 
 The yardstick is regret: how far the chosen cell's float64 similarity is below the best one's, relative to the norms.
-A float32 dot product of C terms may err by about C * 2**-24 of them; bfloat16 products err by up to 2**-8.
+A float32 dot product of C terms may err by about C * 2**-24 of them; bfloat16 products err by up to 2**-8, those of
+16-bit integers by up to sqrt(C) * 2**-15.
 """
 
 from __future__ import annotations
@@ -74,6 +75,31 @@ def test_values_at_the_rounding_boundary(c):
     aud = 1 + 2.0**-8 * (2 * torch.randint(0, 64, (37, c)) + 1)
     img = halfway * torch.where(torch.rand(5, c, 1, 1) < 0.5, -1.0, 1.0)
     assert_exact(img, aud * torch.where(torch.rand(37, c) < 0.5, -1.0, 1.0))
+
+
+@pytest.mark.parametrize("c", [16, 33, 512])
+def test_values_halfway_between_integers(c):
+    """Vectors of norm 32000, so that 16-bit integers count in units of 1, all but one of whose values lie halfway."""
+
+    def halfway(*shape: int) -> Tensor:
+        values = torch.randint(-1000, 1000, shape, dtype=torch.float64) + 0.5
+        values[:, 0] = 0
+        values[:, 0] = (32000.0**2 - values.square().sum(1)).sqrt()
+        return values.float()
+
+    assert_exact(halfway(5, c, 7, 7), halfway(37, c))
+
+
+@pytest.mark.parametrize("c", [2, 48, 5000])
+@pytest.mark.parametrize("kind", ["spike", "constant", "alternating"])
+def test_sums_as_large_as_the_norms_allow(c, kind):
+    """Cells that are a sound, or its opposite: no partial sum of products may overflow."""
+    sound = torch.zeros(1, c) if kind == "spike" else torch.ones(1, c)
+    if kind == "alternating":
+        sound[:, ::2] = -1
+    sound[0, 0] += 1
+    cells = sound[:, :, None, None] * torch.tensor([-1.0, 1.0, 0.5, -1.0]).view(1, 1, 2, 2)
+    assert_exact(cells, torch.cat([sound, -sound, 3e4 * sound]))
 
 
 @pytest.mark.parametrize("power", [-30, -20, -12, 0, 12, 17])

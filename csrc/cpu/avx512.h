@@ -13,7 +13,8 @@ namespace {
 struct Avx512 {
     static constexpr const char* kName = "avx512";
     static constexpr int kLanes = 16;
-    static constexpr int kMaxCells = 14;  // 2 x 14 accumulators, 2 panel vectors, 1 broadcast
+    static constexpr int kMaxCells = 14;               // 2 x 14 accumulators, 2 panel vectors, 1 broadcast
+    static constexpr int64_t kCellBytes = 832 * 1024;  // float32 cells that stay in L2 while panels pass by
     using F = __m512;
 
     static F load(const float* p) { return _mm512_loadu_ps(p); }
@@ -103,6 +104,33 @@ struct Avx512 {
     static F exp2_scale(F x, F n) { return _mm512_scalef_ps(x, n); }
     static F zero_below(F x, F limit, F value) {
         return _mm512_mask_mov_ps(value, _mm512_cmp_ps_mask(x, limit, _CMP_LT_OQ), _mm512_setzero_ps());
+    }
+
+    // For screening: bits, a mask for each lane, and 16-bit integers.
+    using Bits = __m512i;
+    static Bits all_bits(int32_t x) { return _mm512_set1_epi32(x); }
+    static Bits twice(Bits x) { return _mm512_add_epi32(x, x); }
+    static Bits set_where_at_least(F value, F floor, Bits bit, Bits bits) {
+        return _mm512_mask_or_epi32(bits, _mm512_cmp_ps_mask(value, floor, _CMP_GE_OQ), bits, bit);
+    }
+    static void store(uint32_t* p, Bits bits) { _mm512_storeu_si512(p, bits); }
+    static F bits_or(F a, F b) { return _mm512_or_ps(a, b); }
+    static bool all_zero(F bits) {  // of either sign
+        return _mm512_test_epi32_mask(_mm512_castps_si512(bits), all_bits(0x7fffffff)) == 0;
+    }
+    // The sums of four, each added up in the same order.
+    static void sums(const F (&x)[4], float* out) {
+        const F front = add(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+        const F back = add(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+        const F all = add(unpack_low(front, back), unpack_high(front, back));
+        const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+        _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+    }
+    // Whole numbers as 32 integers of 16 bits.
+    static F to_int16(F low, F high) {
+        const __m256i first = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(low)),
+                      second = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(high));
+        return _mm512_castsi512_ps(_mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1));
     }
 };
 

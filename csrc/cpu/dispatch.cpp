@@ -13,14 +13,23 @@ std::vector<const Kernels*> usable() {
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return tables;
     tables.push_back(&avx2_kernels());
+#if defined(FNAC_VNNI)
+    if (__builtin_cpu_supports("avxvnni")) tables.push_back(&avxvnni_kernels());
+#endif
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
         !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
         return tables;
     tables.push_back(&avx512_kernels());
 #if defined(FNAC_BF16)
-    if (!__builtin_cpu_supports("avx512bf16")) return tables;
     // AMD's processors make bfloat16 products at twice the rate of float32 ones, Intel's at the same rate.
-    tables.insert(tables.end() - (__builtin_cpu_is("amd") ? 0 : 1), &avx512bf16_kernels());
+    const bool bf16 = __builtin_cpu_supports("avx512bf16"), fast_bf16 = bf16 && __builtin_cpu_is("amd");
+    if (bf16 && !fast_bf16) tables.insert(tables.end() - 1, &avx512bf16_kernels());
+#endif
+#if defined(FNAC_VNNI)
+    if (__builtin_cpu_supports("avx512vnni")) tables.push_back(&avx512vnni_kernels());
+#endif
+#if defined(FNAC_BF16)
+    if (fast_bf16) tables.push_back(&avx512bf16_kernels());
     if (amx_usable()) tables.push_back(&amx_kernels());
 #endif
 #endif

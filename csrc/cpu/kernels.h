@@ -89,6 +89,10 @@ const Kernels& portable_kernels();
 #if defined(__x86_64__)
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
+#if defined(FNAC_VNNI)
+const Kernels& avxvnni_kernels();
+const Kernels& avx512vnni_kernels();
+#endif
 #if defined(FNAC_BF16)
 const Kernels& avx512bf16_kernels();
 bool amx_usable();  // asks the kernel for permission to use the tiles, once per process

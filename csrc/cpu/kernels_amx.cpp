@@ -1,18 +1,19 @@
 // AMX: the AVX-512 kernels with max-pooled logits on bfloat16 tile products. Entered only where the processor
 // has AMX and the operating system grants its use.
 #include "cpu/amx_tiles.h"
-#include "cpu/screen_impl.h"
+#include "cpu/bfloat16_impl.h"
 
 namespace fnac {
 namespace {
 
-class AmxProducts {
+class AmxProducts : public BFloat16Values {
   public:
-    static void multiply(const uint16_t* cells, const uint16_t* panel, int64_t depth, bool pair, float* out) {
-        constexpr int64_t kOutBytes = kWidth * sizeof(float);
+    static void multiply(const uint16_t* cells, const uint16_t* panel, int64_t depth, int64_t rows,
+                         float* out) {
+        constexpr int64_t kWidth = 2 * V::kLanes, kOutBytes = kWidth * sizeof(float);
         tiles::zero<0>();
         tiles::zero<1>();
-        if (!pair) {
+        if (rows <= kTileRows) {
             for (int64_t k = 0; k < depth; ++k) {
                 tiles::load<4>(cells + k * kTileSize, tiles::kRowBytes);
                 tiles::load<6>(panel + k * 2 * kTileSize, tiles::kRowBytes);
@@ -50,12 +51,7 @@ class AmxProducts {
 bool amx_usable() { return __builtin_cpu_supports("avx512bf16") && tiles::usable(); }
 
 const Kernels& amx_kernels() {
-    static const Kernels table = [] {
-        Kernels kernels = avx512_kernels();
-        kernels.name = "amx";
-        kernels.max_logits = max_logits_screened<AmxProducts>;
-        return kernels;
-    }();
+    static const Kernels table = screened<Avx512, AmxProducts, avx512_kernels>("amx");
     return table;
 }
 

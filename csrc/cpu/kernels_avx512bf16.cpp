@@ -1,62 +1,37 @@
 // AVX512_BF16: the AVX-512 kernels with max-pooled logits through its bfloat16 products, two of which it adds
 // to a float32 lane in one instruction. Preferred to AVX-512 alone where that is faster: see dispatch.cpp.
-#include "cpu/screen_impl.h"
+#include "cpu/bfloat16_impl.h"
+#include "cpu/pairs_impl.h"
 
 namespace fnac {
 namespace {
 
-struct Bf16Products {
-    static void multiply(const uint16_t* cells, const uint16_t* panel, int64_t depth, bool pair, float* out) {
-        const int64_t rows = pair ? 2 * kTileRows : kTileRows;
-        for (int64_t r = 0; r < rows; r += kRows) {
-            const uint16_t* from = cells + (r / kTileRows * depth * kTileRows + r % kTileRows) * kTileDepth;
-            multiply_rows(from, panel, depth, out + r * kWidth);
-        }
-    }
+struct Bf16Lanes {
+    static constexpr int kLanes = 16, kRows = 8;
+    using Sum = __m512;
+    using Pairs = __m512bh;
+
+    static Sum zero() { return _mm512_setzero_ps(); }
+    static Pairs load(const uint16_t* from) { return as_pairs(_mm512_loadu_si512(from)); }
+    static Pairs broadcast(int32_t two) { return as_pairs(_mm512_set1_epi32(two)); }
+    static Sum add_product(Sum sum, Pairs a, Pairs b) { return _mm512_dpbf16_ps(sum, a, b); }
+    static void store(float* to, Sum sum) { _mm512_storeu_ps(to, sum); }
 
   private:
-    static constexpr int kRows = 8;  // times two vectors of sounds: 16 sums hide the latency
+    static Pairs as_pairs(__m512i bits) { return reinterpret_cast<const __m512bh&>(bits); }
+};
 
-    static void multiply_rows(const uint16_t* cells, const uint16_t* panel, int64_t depth, float* out) {
-        __m512 sums[kRows][2];
-        for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
-        for (int64_t k = 0; k < depth; ++k) {
-            const uint16_t* tile = cells + k * kTileSize;
-            const uint16_t* sounds = panel + k * 2 * kTileSize;
-            for (int64_t i = 0; i < kTileDepth / 2; ++i) {
-                const __m512bh low = load(sounds + i * kTileDepth),
-                               high = load(sounds + kTileSize + i * kTileDepth);
-#pragma GCC unroll 8
-                for (int r = 0; r < kRows; ++r) {
-                    int32_t two;
-                    std::memcpy(&two, tile + r * kTileDepth + 2 * i, sizeof(two));
-                    const __m512i both = _mm512_set1_epi32(two);
-                    const __m512bh cell = reinterpret_cast<const __m512bh&>(both);
-                    sums[r][0] = _mm512_dpbf16_ps(sums[r][0], cell, low);
-                    sums[r][1] = _mm512_dpbf16_ps(sums[r][1], cell, high);
-                }
-            }
-        }
-        for (int r = 0; r < kRows; ++r) {
-            V::store(out + r * kWidth, sums[r][0]);
-            V::store(out + r * kWidth + V::kLanes, sums[r][1]);
-        }
-    }
-    static __m512bh load(const uint16_t* from) {
-        const __m512i bits = _mm512_loadu_si512(from);
-        return reinterpret_cast<const __m512bh&>(bits);
+struct Bf16Products : BFloat16Values {
+    static void multiply(const uint16_t* cells, const uint16_t* panel, int64_t depth, int64_t rows,
+                         float* out) {
+        multiply_pairs<Bf16Lanes>(cells, panel, depth, rows, out);
     }
 };
 
 }  // namespace
 
 const Kernels& avx512bf16_kernels() {
-    static const Kernels table = [] {
-        Kernels kernels = avx512_kernels();
-        kernels.name = "avx512bf16";
-        kernels.max_logits = max_logits_screened<Bf16Products>;
-        return kernels;
-    }();
+    static const Kernels table = screened<Avx512, Bf16Products, avx512_kernels>("avx512bf16");
     return table;
 }
 

@@ -1,96 +1,96 @@
-// Max-pooled logits through bfloat16 products, for translation units with AVX-512 and AVX512_BF16: over a
-// type Products, whose objects hold what a thread needs for them (AMX's tiles) and whose
+// Max-pooled logits through products of 16-bit values, float32-exact by screening and refining. Over a traits
+// type V and a type Products (BFloat16Products, Int16Products, AmxProducts), whose objects hold what a thread
+// needs for them (AMX's tiles) and which narrows features to 16 bits and multiplies them:
 //
-//     static void multiply(const uint16_t* cells, const uint16_t* panel, int64_t depth, bool pair, float*
+//     static void multiply(const uint16_t* cells, const uint16_t* panel, int64_t depth, int64_t rows, float*
 //     out)
 //
-// gives out[32 cells][32 sounds] (16 cells where `pair` is false) from row tiles [c / 32][16 cells][32], the
-// second tile row after the first, and a panel [c / 32][2][16 pairs of channels][16 sounds][2].
+// gives out[rows][2 kLanes sounds] of up to 32 cells, and anything in the next rows up to 16 or 32, from row
+// tiles [c / 32][16 cells][32], the second tile row after the first, and a panel [c / 32][2][16 pairs of
+// channels][kLanes sounds][2].
 //
-// Float32-exact by screening and refining. Let x be a cell, a a sound, x^ and a^ their bfloat16 roundings,
-// dx = x - x^, da = a - a^. The products give S~, and with S = <x, a>
+// Let x be a cell, a a sound, x^ and a^ what narrowing makes of them, dx = x - x^, da = a - a^. The products
+// give S~, and with S = <x, a>
 //
 //     |S~ - S| <= eps = |dx||a| + |x^||da| + g |x^||a^|,     g = (C + 16) 2^-23.
 //
 // The first two terms are <x, a> - <x^, a^> = <dx, a> + <x^, da> by Cauchy-Schwarz, with the residuals that
-// the rounding really left. The third covers the float32 accumulation: a bfloat16 product is exact in
-// float32, each of at most C additions rounds by 2^-24 of the partial sum, which sum |x^_i a^_i| <= |x^||a^|
-// bounds; twice that leaves room for the rounding of eps, of the norms and of the comparison. If p wins in
-// exact arithmetic and q on the screen, S~(p) >= S(p) - eps >= S(q) - eps >= S~(q) - 2 eps: so among the
-// cells within 2 eps of the screen's maximum is every exact winner. Those are multiplied again in float32, in
-// order of cells, and the first largest wins. Denormals may be flushed to zero: with norms in [2^-40, 2^60]
-// (or 0) what that loses is below 2^-40 of the third term; anything else, NaN and infinity included, goes to
-// the AVX-512 kernel, as do images whose candidates are so many that the whole product is cheaper (constant
-// maps).
+// the narrowing really left. The third covers the products' own rounding. Of bfloat16 values: a product is
+// exact in float32, each of at most C additions rounds by 2^-24 of the partial sum, which sum |x^_i a^_i| <=
+// |x^||a^| bounds; twice that leaves room for the rounding of eps, of the norms and of the comparison. Of
+// int16 values (int16_impl.h): sums are exact in int32, and making a float32 of one, in units of two scales,
+// rounds three times by 2^-24. If p wins in exact arithmetic and q on the screen, S~(p) >= S(p) - eps >= S(q)
+// - eps >= S~(q) - 2 eps: so among the cells within 2 eps of the screen's maximum is every exact winner.
+// Those are multiplied again in float32, in order of cells, and the first largest wins. Denormals may be
+// flushed to zero: with norms in [2^-40, 2^60] (or 0) what that takes from products, and from the squares of
+// residuals, fits in the third term's room; anything else, NaN and infinity included, goes to the float32
+// kernel, as do images whose candidates are so many that the whole product is cheaper (constant maps).
 #pragma once
 
-#include "cpu/avx512.h"
 #include "cpu/kernels_impl.h"
 
 namespace fnac {
 namespace {
 
-using V = Avx512;
-
-constexpr int64_t kTileRows = 16, kTileDepth = 32, kTileSize = kTileRows * kTileDepth;  // of bfloat16
-constexpr int64_t kWidth = 32;              // sounds of a panel: two tiles
-constexpr int64_t kCellBytes = 832 * 1024;  // float32 cells of a group: they stay in L2 while panels pass by
-constexpr int64_t kPanelsPerTask = 64;
+constexpr int64_t kTileRows = 16, kTileDepth = 32, kTileSize = kTileRows * kTileDepth;  // of 16 bits
+constexpr int64_t kSoundsPerTask = 2048, kMaxCells = 1024, kMaxImages = kMaxCells;      // of a group
 constexpr float kSmallest = 0x1p-40f, kLargest = 0x1p60f;
 
-// Bounds of a vector or of the largest of several: its norm, and that of what rounding to bfloat16 took.
+// Bounds of a vector or of the largest of several: its norm, and that of what narrowing took.
 struct Norms {
     float whole, residual;
 };
 
 bool in_range(float norm) { return norm == 0 || (norm >= kSmallest && norm <= kLargest); }  // false for NaN
 
-// What is summed up over a vector while it is rounded.
+// What is summed up over a vector while it is narrowed.
+template <class V>
 struct Sums {
-    __m512 squares = V::set(0.f), residuals = V::set(0.f);
-    __m512i bits = _mm512_setzero_si512();  // of all values
+    typename V::F squares = V::set(0.f), residuals = V::set(0.f), bits = V::set(0.f);
 
+    // Of one vector of values, and what narrowing takes from them.
+    void add(typename V::F values, typename V::F lost) {
+        squares = V::fma(values, values, squares);
+        residuals = V::fma(lost, lost, residuals);
+        bits = V::bits_or(values, bits);
+    }
     Norms norms() const {
         const float whole = std::sqrt(V::sum(squares));
         // Squares underflow: a vector that is not 0 must not pass for it.
-        const bool zero = (_mm512_reduce_or_epi32(bits) & 0x7fffffff) == 0;
-        return {whole == 0 && !zero ? kSmallest / 2 : whole, std::sqrt(V::sum(residuals))};
+        return {whole == 0 && !V::all_zero(bits) ? kSmallest / 2 : whole, std::sqrt(V::sum(residuals))};
     }
 };
 
-// Rounds the 32 (or fewer: 0 beyond) values at `from`.
-inline __m512bh round_32(const float* from, int64_t count, Sums& sums) {
-    const __m512 low = V::load_n(from, count),
-                 high = count > 16 ? V::load_n(from + 16, count - 16) : V::set(0.f);
-    const __m512bh rounded = _mm512_cvtne2ps_pbh(high, low);
-    const auto widen = [](__m256i half) {
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-    };
-    const __m512i halves = reinterpret_cast<const __m512i&>(rounded);
-    const __m512 lost_low = low - widen(_mm512_castsi512_si256(halves));
-    const __m512 lost_high = high - widen(_mm512_extracti64x4_epi64(halves, 1));
-    sums.squares = V::fma(low, low, V::fma(high, high, sums.squares));
-    sums.residuals = V::fma(lost_low, lost_low, V::fma(lost_high, lost_high, sums.residuals));
-    sums.bits = _mm512_or_si512(sums.bits, _mm512_castps_si512(_mm512_or_ps(low, high)));
-    return rounded;
+// The next 2 kLanes values (0 beyond `count`), as two vectors.
+template <class V>
+void load_two(const float* from, int64_t count, typename V::F& low, typename V::F& high) {
+    low = V::load_n(from, count);
+    high = count > V::kLanes ? V::load_n(from + V::kLanes, count - V::kLanes) : V::set(0.f);
 }
 
 // A row of c floats into row `row` of tiles [c / 32][16][32].
-inline Norms pack_row(const float* from, int64_t c, uint16_t* tiles, int64_t row) {
-    Sums sums;
-    for (int64_t k = 0; k < c; k += kTileDepth) {
-        const __m512bh rounded = round_32(from + k, c - k, sums);
-        _mm512_store_si512(tiles + k * kTileRows + row * kTileDepth,
-                           reinterpret_cast<const __m512i&>(rounded));
+template <class V, class Products>
+Norms pack_row(const float* from, int64_t c, float scale, uint16_t* tiles, int64_t row) {
+    Sums<V> sums;
+    for (int64_t tile = 0; tile < c; tile += kTileDepth) {
+        uint16_t* to = tiles + tile * kTileRows + row * kTileDepth;
+        for (int64_t k = 0; k < kTileDepth; k += 2 * V::kLanes)
+            V::store(
+                reinterpret_cast<float*>(to + k),
+                tile + k < c ? Products::narrow(from + tile + k, c - tile - k, scale, sums) : V::set(0.f));
     }
     return sums.norms();
 }
 
-// The sounds in panels [m / 32][c / 32][2][16 pairs of channels][16 sounds][2], and their norms.
+// The sounds in panels [m / width][c / 32][2][16 pairs of channels][kLanes sounds][2], and their norms and
+// scales.
+template <class V, class Products>
 struct Sounds {
+    static constexpr int64_t kWidth = 2 * V::kLanes, kHalf = kTileDepth * V::kLanes;
+
     int64_t m, c, depth;  // depth: tiles over the channels
     const float* rows;
-    Scratch tiles, norms, residuals;
+    Scratch tiles, norms, residuals, scales;
 
     explicit Sounds(const MaxLogits& job)
         : m(job.m),
@@ -99,29 +99,32 @@ struct Sounds {
           rows(job.aud),
           tiles(sizeof(uint16_t) * panels() * panel_size()),
           norms(sizeof(float) * panels() * kWidth),
-          residuals(sizeof(float) * panels() * kWidth) {
+          residuals(sizeof(float) * panels() * kWidth),
+          scales(sizeof(float) * panels() * kWidth) {
         parallel_for(job.threads, 2 * panels(), [&](int64_t half, int) { pack_half(half); });
     }
     int64_t panels() const { return ceil_div(m, kWidth); }
-    int64_t panel_size() const { return depth * 2 * kTileSize; }
+    int64_t panel_size() const { return depth * 2 * kHalf; }
     const uint16_t* panel(int64_t i) const { return tiles.as<uint16_t>() + i * panel_size(); }
 
     void pack_half(int64_t half) {
         const int64_t first = half * V::kLanes;
-        uint16_t* to = tiles.as<uint16_t>() + half / 2 * panel_size() + half % 2 * kTileSize;
-        Sums sums[V::kLanes];
-        for (int64_t k = 0; k < depth; ++k) {
-            V::F pairs[V::kLanes];
-            for (int64_t i = 0; i < V::kLanes; ++i) {
-                pairs[i] = V::set(0.f);
-                if (first + i >= m) continue;
-                const __m512bh rounded =
-                    round_32(rows + (first + i) * c + k * kTileDepth, c - k * kTileDepth, sums[i]);
-                pairs[i] = reinterpret_cast<const __m512&>(rounded);
-            }
-            V::transpose(pairs);
+        uint16_t* to = tiles.as<uint16_t>() + half / 2 * panel_size() + half % 2 * kHalf;
+        Sums<V> sums[V::kLanes];
+        float* scale = scales.as<float>() + first;
+        for (int64_t i = 0; i < V::kLanes; ++i)
+            scale[i] = first + i < m ? Products::scale(rows + (first + i) * c, c, 1, c) : 1;
+        // A block is as many pairs of channels as a vector has lanes.
+        for (int64_t pair = 0; pair < depth * kTileDepth / 2; pair += V::kLanes) {
+            typename V::F block[V::kLanes];
             for (int64_t i = 0; i < V::kLanes; ++i)
-                V::store(reinterpret_cast<float*>(to + k * 2 * kTileSize) + i * V::kLanes, pairs[i]);
+                block[i] = first + i < m && 2 * pair < c ? Products::narrow(rows + (first + i) * c + 2 * pair,
+                                                                            c - 2 * pair, scale[i], sums[i])
+                                                         : V::set(0.f);
+            V::transpose(block);
+            uint16_t* at = to + pair / kPairs * 2 * kHalf + pair % kPairs * 2 * V::kLanes;
+            for (int64_t i = 0; i < V::kLanes; ++i)
+                V::store(reinterpret_cast<float*>(at) + i * V::kLanes, block[i]);
         }
         for (int64_t i = 0; i < V::kLanes; ++i) {
             const Norms found = sums[i].norms();
@@ -134,31 +137,30 @@ struct Sounds {
             if (!in_range(norms.as<float>()[i])) return false;
         return true;
     }
+
+  private:
+    static constexpr int64_t kPairs = kTileDepth / 2;
 };
 
 // <x[r], y> of four vectors, whose values do not depend on which r is whose: equal vectors give equal values.
-inline __m128 dots(const float* const (&x)[4], const float* y, int64_t c) {
-    __m512 even[4], odd[4];
+template <class V>
+void dots(const float* const (&x)[4], const float* y, int64_t c, float (&out)[4]) {
+    typename V::F even[4], odd[4];
     for (int r = 0; r < 4; ++r) even[r] = odd[r] = V::set(0.f);
     int64_t k = 0;
-    for (; k + 32 <= c; k += 32) {
-        const __m512 low = V::load(y + k), high = V::load(y + k + 16);
+    for (; k + 2 * V::kLanes <= c; k += 2 * V::kLanes) {
+        const typename V::F low = V::load(y + k), high = V::load(y + k + V::kLanes);
         for (int r = 0; r < 4; ++r) {
             even[r] = V::fma(V::load(x[r] + k), low, even[r]);
-            odd[r] = V::fma(V::load(x[r] + k + 16), high, odd[r]);
+            odd[r] = V::fma(V::load(x[r] + k + V::kLanes), high, odd[r]);
         }
     }
-    for (; k < c; k += 16)
-        for (int r = 0; r < 4; ++r)
-            even[r] = V::fma(V::load_n(x[r] + k, c - k), V::load_n(y + k, c - k), even[r]);
-    // Folded together: after two steps each quarter holds a sum of all four.
-    __m512 sums[4];
-    for (int r = 0; r < 4; ++r) sums[r] = even[r] + odd[r];
-    const __m512 front = _mm512_unpacklo_ps(sums[0], sums[1]) + _mm512_unpackhi_ps(sums[0], sums[1]);
-    const __m512 back = _mm512_unpacklo_ps(sums[2], sums[3]) + _mm512_unpackhi_ps(sums[2], sums[3]);
-    const __m512 all = V::unpack_low(front, back) + V::unpack_high(front, back);
-    const __m256 half = _mm512_castps512_ps256(all) + _mm512_extractf32x8_ps(all, 1);
-    return _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+    for (; k < c; k += V::kLanes) {
+        const typename V::F last = V::load_n(y + k, c - k);
+        for (int r = 0; r < 4; ++r) even[r] = V::fma(V::load_n(x[r] + k, c - k), last, even[r]);
+    }
+    for (int r = 0; r < 4; ++r) even[r] = V::add(even[r], odd[r]);
+    V::sums(even, out);
 }
 
 // A cell that may win: cell `cell` of those of image `image` of the group.
@@ -171,10 +173,14 @@ struct Cells {
     int64_t image, images, begin, count;  // count cells from cell `begin` of each image
 };
 
-template <class Products>
+template <class V, class Products>
 class Worker {
+    static constexpr int64_t kWidth = Sounds<V, Products>::kWidth;
+
   public:
-    Worker(const MaxLogits& job, const Sounds& sounds, std::byte* memory, uint8_t* dense)
+    static constexpr int64_t kPanelsPerTask = kSoundsPerTask / kWidth;
+
+    Worker(const MaxLogits& job, const Sounds<V, Products>& sounds, std::byte* memory, uint8_t* dense)
         : job_(job), img_(job.img), sounds_(sounds), dense_(dense) {
         const int64_t cells = capacity(img_) + kTileRows, c = img_.c;
         tiles_ = take<uint16_t>(memory, cells * sounds.depth * kTileDepth);
@@ -186,11 +192,12 @@ class Worker {
     }
     // Cells that a group may have.
     static int64_t capacity(const FeatureMap& img) {
-        const int64_t fit = kCellBytes / static_cast<int64_t>(sizeof(float)) / img.c / kTileRows * kTileRows;
+        const int64_t fit =
+            V::kCellBytes / static_cast<int64_t>(sizeof(float)) / img.c / kTileRows * kTileRows;
         const int64_t all = ceil_div(img.n * img.p, kTileRows) * kTileRows;
-        return smaller(all, fit < 4 * kTileRows ? 4 * kTileRows : fit > 1024 ? 1024 : fit);
+        return smaller(all, fit < 4 * kTileRows ? 4 * kTileRows : fit > kMaxCells ? kMaxCells : fit);
     }
-    static size_t bytes(const FeatureMap& img, const Sounds& sounds) {
+    static size_t bytes(const FeatureMap& img, const Sounds<V, Products>& sounds) {
         const int64_t cells = capacity(img) + kTileRows;
         return sizeof(uint16_t) * cells * sounds.depth * kTileDepth +
                sizeof(float) *
@@ -207,37 +214,42 @@ class Worker {
         bool wanted = false;
         for (int64_t i = 0; i < cells_.images; ++i) wanted |= !is_dense(i);
         if (!wanted) return;
-        const int64_t tiles = ceil_div(cells_.images * cells_.count, kTileRows), depth = sounds_.depth;
-        for (int64_t t = 0; t < tiles; t += 2)
-            Products::multiply(tiles_ + t * depth * kTileSize, sounds_.panel(index), depth, t + 1 < tiles,
-                               products_ + t * kTileRows * kWidth);
+        const int64_t rows = cells_.images * cells_.count, depth = sounds_.depth;
+        for (int64_t row = 0; row < rows; row += 2 * kTileRows)
+            Products::multiply(tiles_ + row * depth * kTileDepth, sounds_.panel(index), depth,
+                               smaller(rows - row, 2 * kTileRows), products_ + row * kWidth);
         std::memset(found_, 0, sizeof(found_));
         for (int64_t i = 0; i < cells_.images; ++i) {
             if (is_dense(i)) continue;
-            if (job_.bf16_products)
-                keep_largest(i, index);
-            else
-                screen(i, index, highest_ + (index - first_panel) * kWidth);
+            if constexpr (Products::kRounds) {
+                if (job_.bf16_products) {
+                    keep_largest(i, index);
+                    continue;
+                }
+            }
+            screen(i, index, highest_ + (index - first_panel) * kWidth);
         }
         for (int64_t lane = 0; lane < kWidth; ++lane) refine(lane, index * kWidth + lane);
     }
 
   private:
+    using F = typename V::F;
     static constexpr int64_t kSpare = 1;  // what is written of a candidate that is none
 
     const MaxLogits& job_;
     const FeatureMap& img_;
-    const Sounds& sounds_;
-    uint8_t* dense_;         // by image: left to the AVX-512 kernel
+    const Sounds<V, Products>& sounds_;
+    uint8_t* dense_;         // by image: left to the float32 kernel
     uint16_t* tiles_;        // [cells / 16][c / 32][16][32]
-    float* products_;        // [cells][32]
+    float* products_;        // [cells][kWidth]
     float* highest_;         // the screen's maximum so far, where an image comes in pieces
     float* rows_;            // [cells][c], where the image itself has no such rows
-    Candidate* candidates_;  // [32 sounds][stride_]: cells of the group to multiply again, in order
+    Candidate* candidates_;  // [kWidth sounds][stride_]: cells of the group to multiply again, in order
     int64_t stride_;
     int64_t found_[kWidth];  // how many there are of each sound
     Cells cells_{};
-    Norms norms_[1024];  // by image of the group
+    Norms norms_[kMaxImages];   // by image of the group
+    float scales_[kMaxImages];  // likewise
 
     template <class T>
     static T* take(std::byte*& memory, int64_t count) {
@@ -275,18 +287,21 @@ class Worker {
             });
         }
         const float* rows = rows_of(i);
+        const float scale = Products::scale(rows, c, count, stride);
         Norms largest{0, 0};
         bool usable = true;
         for (int64_t p = 0; p < count; ++p) {
             const int64_t at = i * count + p;
-            const Norms norms = pack_row(rows + p * stride, c,
-                                         tiles_ + at / kTileRows * sounds_.depth * kTileSize, at % kTileRows);
+            const Norms norms =
+                pack_row<V, Products>(rows + p * stride, c, scale,
+                                      tiles_ + at / kTileRows * sounds_.depth * kTileSize, at % kTileRows);
             usable &= in_range(norms.whole);
             largest.whole = norms.whole > largest.whole ? norms.whole : largest.whole;
             largest.residual = norms.residual > largest.residual ? norms.residual : largest.residual;
         }
         if (!usable) make_dense(i);
         norms_[i] = largest;
+        scales_[i] = scale;
     }
 
     // Largest product and its first cell, from this piece's products.
@@ -296,22 +311,14 @@ class Worker {
         for (int64_t half = 0; half < kWidth; half += V::kLanes) {
             const int64_t m0 = panel * kWidth + half, columns = smaller(V::kLanes, sounds_.m - m0);
             if (columns <= 0) return;
-            const __mmask16 lanes = V::first(columns);
-            __m512 best =
-                cells_.begin ? V::load_n(job_.logits + row + m0, columns) : V::load(products + half);
-            __m512i index =
-                cells_.begin ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, job_.argmax + row + m0))
-                             : _mm512_setzero_si512();
-            for (int64_t p = 0; p < cells_.count; ++p) {
-                const __m512 value = V::load(products + p * kWidth + half);
-                const __mmask16 win = _mm512_cmp_ps_mask(value, best, _CMP_GT_OQ);
-                best = _mm512_mask_mov_ps(best, win, value);
-                index =
-                    _mm512_mask_mov_epi32(index, win, _mm512_set1_epi32(static_cast<int>(cells_.begin + p)));
-            }
-            V::store_n(job_.logits + row + m0, best, columns);
-            _mm256_mask_storeu_epi16(job_.argmax + row + m0, lanes, _mm512_cvtepi32_epi16(index));
+            Products::keep_largest(products + half, kWidth, cells_.begin, cells_.count, columns,
+                                   job_.logits + row + m0, job_.argmax + row + m0);
         }
+    }
+
+    static F similarity(const float* products, F unit) {
+        if constexpr (Products::kScaled) return V::mul(V::load(products), unit);
+        return V::load(products);
     }
 
     // Notes which cells of an image may win: those within 2 eps of the screen's maximum.
@@ -328,18 +335,18 @@ class Worker {
             if (columns <= 0) return;
             if (cells_.begin == 0)
                 V::store_n(job_.logits + row + m0, V::set(-std::numeric_limits<float>::infinity()), columns);
-            const __mmask16 lanes = V::first(columns);
-            __m512 top = V::load(cells_.begin ? highest + half : products + half);
+            const F unit = V::mul(V::set(scales_[i]), V::load(sounds_.scales.template as<float>() + m0));
+            F top = cells_.begin ? V::load(highest + half) : similarity(products + half, unit);
             for (int64_t p = 0; p < cells_.count; ++p)
-                top = V::max(top, V::load(products + p * kWidth + half));
+                top = V::max(top, similarity(products + p * kWidth + half, unit));
             V::store(highest + half, top);
-            const __m512 sound = V::load(sounds_.norms.as<float>() + m0),
-                         lost = V::load(sounds_.residuals.as<float>() + m0);
-            const __m512 eps =
-                V::fma(V::set(norms_[i].residual + gamma * whole), sound + lost, V::set(whole) * lost);
-            const __m512 floor = top - V::set(2.f) * eps;
+            const F sound = V::load(sounds_.norms.template as<float>() + m0),
+                    lost = V::load(sounds_.residuals.template as<float>() + m0);
+            const F eps = V::fma(V::set(norms_[i].residual + gamma * whole), V::add(sound, lost),
+                                 V::mul(V::set(whole), lost));
+            const F floor = V::fma(V::set(-2.f), eps, top);
             for (int64_t p = 0; p < cells_.count; p += 64)
-                budget -= note(i, p, products + half, floor, lanes, half);
+                budget -= note(i, p, half, columns, products + half, unit, floor);
         }
         if (budget >= 0) return;
         std::memcpy(found_, before, sizeof(before));
@@ -348,20 +355,18 @@ class Worker {
 
     // Notes which of up to 64 cells from `first` on reach the floor, and counts them. What varies from pair
     // to pair is not branched on as far as the second candidate of a sound.
-    int64_t note(int64_t i, int64_t first, const float* products, __m512 floor, __mmask16 lanes,
-                 int64_t half) {
+    int64_t note(int64_t i, int64_t first, int64_t half, int64_t columns, const float* products, F unit,
+                 F floor) {
         uint32_t wins[2][V::kLanes];  // by sound, a bit for each cell
         for (int64_t h = 0; h < 2; ++h) {
-            __m512i bits = _mm512_setzero_si512(), bit = _mm512_set1_epi32(1);
+            typename V::Bits bits = V::all_bits(0), bit = V::all_bits(1);
             const int64_t begin = first + 32 * h, end = smaller(begin + 32, cells_.count);
-            for (int64_t p = begin; p < end; ++p, bit = _mm512_add_epi32(bit, bit))
-                bits = _mm512_mask_or_epi32(
-                    bits, _mm512_mask_cmp_ps_mask(lanes, V::load(products + p * kWidth), floor, _CMP_GE_OQ),
-                    bits, bit);
-            _mm512_storeu_si512(wins[h], bits);
+            for (int64_t p = begin; p < end; ++p, bit = V::twice(bit))
+                bits = V::set_where_at_least(similarity(products + p * kWidth, unit), floor, bit, bits);
+            V::store(wins[h], bits);
         }
         int64_t count = 0;
-        for (int64_t lane = 0; lane < V::kLanes; ++lane) {
+        for (int64_t lane = 0; lane < columns; ++lane) {
             uint64_t left = wins[0][lane] | static_cast<uint64_t>(wins[1][lane]) << 32;
             count += std::popcount(left);
             Candidate* const to = candidates_ + (half + lane) * stride_;
@@ -391,7 +396,7 @@ class Worker {
                 rows[r] = rows_of(some[r].image) + some[r].cell * row_stride();
             }
             float values[4];
-            _mm_storeu_ps(values, dots(rows, sound, img_.c));
+            dots<V>(rows, sound, img_.c, values);
             for (int r = 0; r < 4; ++r) keep(some[r], m, values[r]);
         }
     }
@@ -408,17 +413,18 @@ class Worker {
     }
 };
 
+template <class V>
 void scale_rows(const MaxLogits& job) {
     parallel_for(job.threads, job.img.n, [&](int64_t n, int) {
         for (int64_t i = 0; i < job.m; i += V::kLanes) {
             float* at = job.logits + n * job.m + i;
-            V::store_n(at, V::load_n(at, job.m - i) * V::set(job.scale), job.m - i);
+            V::store_n(at, V::mul(V::load_n(at, job.m - i), V::set(job.scale)), job.m - i);
         }
     });
 }
 
-// Runs of images that are left to the AVX-512 kernel.
-void do_dense(const MaxLogits& job, const uint8_t* dense) {
+// Runs of images that are left to the float32 kernel.
+void do_dense(const MaxLogits& job, const uint8_t* dense, void (*exact)(const MaxLogits&)) {
     for (int64_t n = 0, end; n < job.img.n; n = end) {
         for (end = n; end < job.img.n && dense[end] == dense[n];) ++end;
         if (!dense[n]) continue;
@@ -428,31 +434,32 @@ void do_dense(const MaxLogits& job, const uint8_t* dense) {
         part.img.n = end - n;
         part.logits += n * job.m;
         part.argmax += n * job.m;
-        avx512_kernels().max_logits(part);
+        exact(part);
     }
 }
 
-template <class Products>
-void max_logits_screened(const MaxLogits& job) {
+// `exact` is the float32 kernel.
+template <class V, class Products>
+void max_logits_screened(const MaxLogits& job, void (*exact)(const MaxLogits&)) {
+    using Work = Worker<V, Products>;
     const FeatureMap& img = job.img;
-    if (img.p == 1 && !job.bf16_products) return avx512_kernels().max_logits(job);  // nothing to screen
-    const Sounds sounds(job);
-    if (!sounds.all_in_range()) return avx512_kernels().max_logits(job);
-    const int64_t capacity = Worker<Products>::capacity(img),
-                  limit = capacity / img.p > 1024 ? 1024 : capacity / img.p;
+    if (img.p < Products::kFewestCells && !(Products::kRounds && job.bf16_products)) return exact(job);
+    const Sounds<V, Products> sounds(job);
+    if (!sounds.all_in_range()) return exact(job);
+    const int64_t capacity = Work::capacity(img), limit = smaller(capacity / img.p, kMaxImages);
     const int64_t group = limit < 1 ? 1 : smaller(limit, ceil_div(img.n, job.threads));
     const int64_t pieces = ceil_div(img.p, capacity), groups = ceil_div(img.n, group);
     // Few images and many sounds: the panels are shared out too.
     const int64_t share = ceil_div(sounds.panels(), ceil_div(2 * job.threads, groups));
-    const int64_t panels = smaller(smaller(kPanelsPerTask, sounds.panels()), share);
+    const int64_t panels = smaller(smaller(Work::kPanelsPerTask, sounds.panels()), share);
     const int64_t blocks = ceil_div(sounds.panels(), panels);
-    const size_t bytes = (Worker<Products>::bytes(img, sounds) + 4095) / 4096 * 4096;
+    const size_t bytes = (Work::bytes(img, sounds) + 4095) / 4096 * 4096;
     const Scratch memory(bytes * job.threads), dense(img.n);
     std::memset(dense.as<void>(), 0, img.n);
 
     parallel_for(job.threads, groups * blocks, [&](int64_t task, int worker) {
         [[maybe_unused]] const Products products;
-        Worker<Products> work(job, sounds, memory.as<std::byte>() + worker * bytes, dense.as<uint8_t>());
+        Work work(job, sounds, memory.as<std::byte>() + worker * bytes, dense.as<uint8_t>());
         const int64_t image = task / blocks * group, first = task % blocks * panels;
         const int64_t last = smaller(first + panels, sounds.panels());
         for (int64_t q = 0; q < pieces; ++q) {
@@ -461,8 +468,19 @@ void max_logits_screened(const MaxLogits& job) {
             for (int64_t i = first; i < last; ++i) work.panel(i, first);
         }
     });
-    scale_rows(job);
-    do_dense(job, dense.as<uint8_t>());
+    scale_rows<V>(job);
+    do_dense(job, dense.as<uint8_t>(), exact);
+}
+
+// The kernels of `plain` with these products for the max-pooled logits.
+template <class V, class Products, const Kernels& (*plain)()>
+Kernels screened(const char* name) {
+    Kernels kernels = plain();
+    kernels.name = name;
+    kernels.max_logits = [](const MaxLogits& job) {
+        max_logits_screened<V, Products>(job, plain().max_logits);
+    };
+    return kernels;
 }
 
 }  // namespace
