@@ -1,5 +1,5 @@
 // Max-pooled logits through products of 16-bit values, float32-exact by screening and refining. Over a traits
-// type V and a type Products (BFloat16Products, Int16Products, AmxProducts), whose objects hold what a thread
+// type V and a type Products (Bf16Products, Int16Products, AmxProducts), whose objects hold what a thread
 // needs for them (AMX's tiles) and which narrows features to 16 bits and multiplies them:
 //
 //     static void multiply(const uint16_t* cells, const uint16_t* panel, int64_t depth, int64_t rows, float*
