@@ -6,6 +6,7 @@ Run as ``python tests/triton_launches.py``; prints JSON. A process of its own, b
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from typing import Any
 
@@ -115,10 +116,14 @@ def main() -> None:
     _dispatch.BACKENDS["triton"].__dict__["problem"] = None
     nchw, last = torch.contiguous_format, torch.channels_last
     launches = {}
-    for layout in (nchw, last):
-        for n in (1, 31, 32, 256):
-            forward, backward = call(n, 512, 7, 7, torch.bfloat16, layout)
-            launches[f"{n} {layout}"] = [forward.launches, backward.launches]
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    for precision, dtype, layout in itertools.product(("highest", "high", "medium"), dtypes, (nchw, last)):
+        torch.set_float32_matmul_precision(precision)
+        # 17 x 17: more cells than one program takes.
+        for n, side in ((1, 7), (31, 7), (32, 7), (256, 7), (256, 14), (32, 17), (256, 28)):
+            forward, backward = call(n, 512, side, side, dtype, layout)
+            launches[f"{n} {side} {dtype} {precision} {layout}"] = [forward.launches, backward.launches]
+    torch.set_float32_matmul_precision("highest")
     variants = {}
     for name, shapes in {
         "batch": [(n, 512, 7, 7) for n in (256, 272, 304, 384, 496, 512)],
