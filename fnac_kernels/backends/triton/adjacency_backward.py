@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fnac_kernels.backends.triton import tuning
+from fnac_kernels.backends.triton import sweep, tuning
 from fnac_kernels.backends.triton.adjacency_tiles import (
     LSE_A,
     LSE_F,
@@ -250,7 +250,6 @@ def adjacency_backward(
             (foreground, wanted["S2"]),
         )
     )
-    pairs, features = tuning.adjacency_weights(aud), tuning.adjacency_features(aud)
     any_distance = any(distances.values())
     rows = rows_at_a_time(n) if any_distance else n
     two = aud.dtype != torch.float32  # parts of means, and of the weights that multiply them
@@ -268,20 +267,33 @@ def adjacency_backward(
             *means, sounds = parts(img_avg, foreground, aud)
         elif any_distance and two:
             means = parts(img_avg, foreground)
-        for row0 in range(0, n, rows):
+
+        def weigh(blocks: tuning.Blocks, row0: int = 0) -> None:
             count = min(rows, n - row0)
+            tiles = triton.cdiv(count, blocks.sizes["BLOCK_N"]) * triton.cdiv(n, blocks.sizes["BLOCK_M"])
             run(
-                weights_kernel,
-                (triton.cdiv(count, pairs.sizes["BLOCK_N"]) * triton.cdiv(n, pairs.sizes["BLOCK_M"]), sides),
-                grad_loss, grad_terms, *map(float, weights), logits, aud, *means, row_stats, col_lse,
-                dlogits, pair_weights, row0, count, n, width, c, 1 / tau, scaled_threshold(adjacency_threshold, tau),
-                LOSS=grad_loss is not None, TERMS=grad_terms is not None, **wanted, **product, **pairs.options,
+                weights_kernel, (tiles, sides), grad_loss, grad_terms, *map(float, weights), logits, aud, *means,
+                row_stats, col_lse, dlogits, pair_weights, row0, count, n, width, c, 1 / tau,
+                scaled_threshold(adjacency_threshold, tau),
+                LOSS=grad_loss is not None, TERMS=grad_terms is not None, **wanted, **product, **blocks.options,
             )  # fmt: skip
+
+        def multiply(blocks: tuning.Blocks, row0: int = 0) -> None:
+            count = min(rows, n - row0)
+            tiles = (triton.cdiv(count, blocks.sizes["BLOCK_N"]), triton.cdiv(c, blocks.sizes["BLOCK_C"]))
+            run(
+                features_kernel, (*tiles, 3), pair_weights, sounds, *means, daud, davg, dforeground,
+                row0, count, n, width, c, 1 / tau, **distances, **product, AUD_PARTS=1 + (sounds is not aud),
+                **blocks.options,
+            )  # fmt: skip
+
+        shape_class = sweep.pair_class(aud)
+        pairs = sweep.chosen("adjacency_weights", shape_class, tuning.adjacency_weights(aud), weigh)
+        features = tuning.adjacency_features(aud)
+        if any_distance:
+            features = sweep.chosen("adjacency_features", shape_class, features, multiply)
+        for row0 in range(0, n, rows):
+            weigh(pairs, row0)
             if any_distance:
-                tiles = (triton.cdiv(count, features.sizes["BLOCK_N"]), triton.cdiv(c, features.sizes["BLOCK_C"]))
-                run(
-                    features_kernel, (*tiles, 3), pair_weights, sounds, *means, daud, davg, dforeground,
-                    row0, count, n, width, c, 1 / tau, **distances, **product, AUD_PARTS=1 + (sounds is not aud),
-                    **features.options,
-                )  # fmt: skip
+                multiply(features, row0)
     return dlogits, daud, davg, dforeground
