@@ -69,6 +69,13 @@ def test_the_whole_loss_launches_at_most_eight_kernels_each_way(counted):
         assert 4 <= len(backward) <= 8, (case, backward)
 
 
+def test_the_host_waits_for_nothing(counted):
+    """PyTorch is asked for the copies and one addition: nothing that reads a value."""
+    for case, directions in counted["launches"].items():
+        operators = {name for launches in directions for name in launches if name.startswith("aten::")}
+        assert operators <= {"aten::clone", "aten::add_"}, (case, operators)
+
+
 def test_channels_last_features_are_read_in_place(counted):
     for case, directions in counted["launches"].items():
         copies = [launches.count("aten::clone") for launches in directions]
@@ -81,6 +88,13 @@ def test_shapes_of_a_class_share_their_compiled_kernels(counted, changing):
     16 are one class, the others another.
     """
     assert counted["variants"][changing] == [6, 6]
+
+
+@pytest.mark.parametrize(("dtype", "backward"), [("bfloat16", 6), ("float16", 6), ("float32", 5)])
+@pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
+def test_so_they_do_in_every_dtype_and_memory_format(counted, dtype, backward, layout):
+    """float32 features need no parts."""
+    assert counted["variants"][f"torch.{dtype} torch.{layout}"] == [6, backward]
 
 
 def test_a_step_of_4096_allocates_at_most_the_gradients_and_12_bytes_a_pair(counted):

@@ -104,6 +104,12 @@ def call(
     return forward, backward
 
 
+def compiled(shapes: list[tuple[int, int, int, int]], dtype: torch.dtype, layout: torch.memory_format) -> list[int]:
+    """How many kernels calls of these shapes compile, forward and backward."""
+    calls = [call(*shape, dtype, layout) for shape in shapes]
+    return [len(set().union(*(r.compiled for r in pair))) for pair in zip(*calls, strict=True)]
+
+
 def peak(dtype: torch.dtype, layout: torch.memory_format) -> int:
     """The most that a step of 4096 pairs takes beside its inputs, in bytes."""
     meter = Meter()
@@ -132,8 +138,8 @@ def main() -> None:
         "map": [(256, 512, h, w) for h, w in ((7, 7), (6, 8), (5, 10), (8, 8 - 1))],
         "everything": [(n, c, h, 7) for n in (256, 304, 400) for c in (64, 512) for h in (5, 6, 7)],
     }.items():
-        calls = [call(*shape, torch.bfloat16, last) for shape in shapes]
-        variants[name] = [len(set().union(*(r.compiled for r in pair))) for pair in zip(*calls, strict=True)]
+        variants[name] = compiled(shapes, torch.bfloat16, last)
+    variants |= {f"{dtype} {layout}": compiled(shapes, dtype, layout) for dtype in dtypes for layout in (nchw, last)}
     peaks = {
         f"{dtype} {layout}": peak(dtype, layout) for dtype in (torch.bfloat16, torch.float32) for layout in (nchw, last)
     }
