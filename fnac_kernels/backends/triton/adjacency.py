@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fnac_kernels.backends.triton import tuning
+from fnac_kernels.backends.triton import sweep, tuning
 from fnac_kernels.backends.triton.adjacency_tiles import (
     LSE_A,
     LSE_F,
@@ -278,15 +278,16 @@ def adjacency(
     stats, col_lse, entropies = floats(logits, n, ROW_STATS), floats(logits, n), floats(logits, n)
     wanted = flags(weights, adjacency_threshold)
     distances = {name: wanted[name] for name in ("S1", "S2", "S3")}
-    blocks, rows = tuning.adjacency(aud), tuning.adjacency_rows()
-    slots = triton.cdiv(n, blocks.sizes["BLOCK"])
-    tiles = slots * (slots + 1) // 2
-    tile = {"PRECISION": precision(torch.float32), **blocks.options}
-    inputs = (logits, aud, img_avg, foreground)
+    rows = tuning.adjacency_rows()
     row_blocks = triton.cdiv(n, rows.sizes["BLOCK"])
-    partials = floats(logits, slots, LSE_PLANES.value, n)
-    tile_terms = floats(logits, tiles, 3)
-    with on(logits):
+    inputs = (logits, aud, img_avg, foreground)
+
+    def launch(blocks: tuning.Blocks) -> None:
+        slots = triton.cdiv(n, blocks.sizes["BLOCK"])
+        tiles = slots * (slots + 1) // 2
+        tile = {"PRECISION": precision(torch.float32), **blocks.options}
+        partials = floats(logits, slots, LSE_PLANES.value, n)
+        tile_terms = floats(logits, tiles, 3)
         run(
             statistics_kernel, (tiles,), *inputs, partials, n, c, 1 / tau, scaled_threshold(adjacency_threshold, tau),
             **wanted, **tile,
@@ -305,4 +306,7 @@ def adjacency(
             finish_kernel, (row_blocks + 1,), partials, tile_terms, entropies, stats, loss, terms, n, slots, tiles,
             *map(float, weights), NCE=wanted["NCE"], **distances, **rows.options,
         )  # fmt: skip
+
+    with on(logits):
+        launch(sweep.chosen("adjacency", sweep.pair_class(aud), tuning.adjacency(aud), launch))
     return loss, terms, stats, col_lse
