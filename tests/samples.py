@@ -90,6 +90,14 @@ def _data(sample: Sample, generator: torch.Generator) -> tuple[Tensor, Tensor]:
             own = torch.arange(n) % m
             own[:2] = own[:2].flip(0)
             return 4 * (aud[own, :, None, None] + 0.3 * F.normalize(img, dim=1)), aud
+        case "twins":  # the same, and the last two pairs are alike: they share a row of each softmax, half and half
+            aud = F.normalize(aud, dim=1)
+            aud[-2:] = aud[-1].clone()
+            own = torch.arange(n) % m
+            own[:2] = own[:2].flip(0)
+            img = 4 * (aud[own, :, None, None] + 0.3 * F.normalize(img, dim=1))
+            img[-2:] = img[-1].clone()
+            return img, aud
         case _:
             raise ValueError(f"kind is {sample.kind!r}")
     return F.normalize(img, dim=1), F.normalize(aud, dim=1)
@@ -114,6 +122,9 @@ SAMPLES = [
     Sample(7, 7, 19, 5, 3, kind="scaled"),
     Sample(20, 20, 100, 2, 2, kind="saturated"),
     Sample(2, 2, 24, 3, 1, kind="saturated", layout="channels_last"),
+    Sample(20, 20, 100, 2, 2, kind="twins"),
+    Sample(4, 4, 24, 3, 1, kind="twins", layout="channels_last"),
+    Sample(8, 8, 100, 2, 2, dtype=BF16, kind="twins"),
     Sample(40, 40, 96, 7, 7, dtype=BF16),
     Sample(19, 19, 70, 7, 7, dtype=BF16, layout="channels_last", kind="clustered"),
     Sample(9, 9, 17, 3, 5, dtype=BF16, layout="strided"),

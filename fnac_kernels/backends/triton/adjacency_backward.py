@@ -15,6 +15,8 @@ from torch import Tensor
 
 from fnac_kernels.backends.triton import sweep, tuning
 from fnac_kernels.backends.triton.adjacency_tiles import (
+    EXACT,
+    IN_PARTS,
     LSE_A,
     LSE_F,
     LSE_I,
@@ -31,7 +33,7 @@ from fnac_kernels.backends.triton.adjacency_tiles import (
     leaves_denominators,
     logit_tile,
     scaled_threshold,
-    sign,
+    sign_of_difference,
     softmax,
     stat,
     tile_at,
@@ -56,19 +58,14 @@ def term_gradient(grad_loss, grad_terms, weight, TERM: tl.constexpr, LOSS: tl.co
 @triton.jit
 def difference_gradients(
     x, y, stats, row0, N, g,
-    X: tl.constexpr, Y: tl.constexpr, SX: tl.constexpr, SY: tl.constexpr, AXIS: tl.constexpr,
+    X: tl.constexpr, Y: tl.constexpr, SX: tl.constexpr, SY: tl.constexpr, ROUNDING: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
     """What the sum of ``|P_X - P_Y|``, with gradient g, gives to a tile of X and of Y."""
     px = softmax(x, stats, row0, N, X, AXIS)
     py = softmax(y, stats, row0, N, Y, AXIS)
     BLOCK: tl.constexpr = x.shape[1 - AXIS]
-    sum_x = stat(stats, row0, N, SX, BLOCK, AXIS)
-    # A pair that has nearly all of its row: both softmaxes are 1 but for rounding, which differs from the forward's.
-    # Another sign than the row sum was made with would leave 1 or 2 of what cancels, so the sign is read from the sum:
-    # with P > 3/4 that is above 1/2, below -1/2, or within 1/4 of 0.
-    kept = tl.where(sum_x > 0.375, 1.0, tl.where(sum_x < -0.375, -1.0, 0.0))
-    s = tl.where(px > 0.75, kept, sign(px - py))
-    return g * px * (s - sum_x), g * py * (stat(stats, row0, N, SY, BLOCK, AXIS) - s)
+    s = sign_of_difference(x, y, px, py, ROUNDING)
+    return g * px * (s - stat(stats, row0, N, SX, BLOCK, AXIS)), g * py * (stat(stats, row0, N, SY, BLOCK, AXIS) - s)
 
 
 @triton.jit
@@ -101,6 +98,7 @@ def weights_kernel(
 
     A is made in both halves: a program that keeps all of them spills.
     """
+    MEANS: tl.constexpr = EXACT if PARTS == 1 else IN_PARTS
     column_blocks = tl.cdiv(N, BLOCK_M)
     k0 = tl.program_id(0) // column_blocks * BLOCK_N
     n0, m0 = row0 + k0, tl.program_id(0) % column_blocks * BLOCK_M
@@ -113,7 +111,7 @@ def weights_kernel(
         logit = logit_tile(logits, n0, m0, N, BLOCK_N, BLOCK_M)
         total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         if S1:
-            _, total = difference_gradients(a, logit, stats, n0, N, g1, LSE_A, LSE_L, S1A, S1L, 1)
+            _, total = difference_gradients(a, logit, stats, n0, N, g1, LSE_A, LSE_L, S1A, S1L, EXACT, 1)
         if NCE:
             g0 = term_gradient(grad_loss, grad_terms, w0, 0, LOSS, TERMS) / N
             lse = tl.load(col_lse + m, mask=m < N, other=0.0)
@@ -124,10 +122,10 @@ def weights_kernel(
         if S3:
             g3 = term_gradient(grad_loss, grad_terms, w3, 3, LOSS, TERMS) / N / N
             v = gram(avg, n, m, N, C, scale, PARTS, PRECISION, BLOCK_C)
-            weights, more = difference_gradients(v, logit, stats, n0, N, g3, LSE_I, LSE_L, S3I, S3L, 1)
+            weights, more = difference_gradients(v, logit, stats, n0, N, g3, LSE_I, LSE_L, S3I, S3L, MEANS, 1)
             total += more
             transposed = tl.trans(logit_tile(logits, m0, n0, N, BLOCK_M, BLOCK_N))
-            more, _ = difference_gradients(v, transposed, stats, m0, N, g3, LSE_I, LSE_L, S3I, S3L, 0)
+            more, _ = difference_gradients(v, transposed, stats, m0, N, g3, LSE_I, LSE_L, S3I, S3L, MEANS, 0)
             put_weights(pair_weights, 2, weights + more, k0, m0, rows, width, PARTS, BLOCK_N, BLOCK_M)
         inside = within(rows - k0, N - m0, BLOCK_N, BLOCK_M)
         tl.store(tile_at(dlogits, n0, m0, N, BLOCK_N, BLOCK_M), total, mask=inside)
@@ -135,16 +133,16 @@ def weights_kernel(
         weights = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         if S1:
             logit = logit_tile(logits, n0, m0, N, BLOCK_N, BLOCK_M)
-            weights, _ = difference_gradients(a, logit, stats, n0, N, g1, LSE_A, LSE_L, S1A, S1L, 1)
+            weights, _ = difference_gradients(a, logit, stats, n0, N, g1, LSE_A, LSE_L, S1A, S1L, EXACT, 1)
             transposed = tl.trans(logit_tile(logits, m0, n0, N, BLOCK_M, BLOCK_N))
-            more, _ = difference_gradients(a, transposed, stats, m0, N, g1, LSE_A, LSE_L, S1A, S1L, 0)
+            more, _ = difference_gradients(a, transposed, stats, m0, N, g1, LSE_A, LSE_L, S1A, S1L, EXACT, 0)
             weights += more
         if S2:
             g2 = term_gradient(grad_loss, grad_terms, w2, 2, LOSS, TERMS) / N / N
             f = gram(fore, n, m, N, C, scale, PARTS, PRECISION, BLOCK_C)
-            da, df = difference_gradients(a, f, stats, n0, N, g2, LSE_A, LSE_F, S2A, S2F, 1)
+            da, df = difference_gradients(a, f, stats, n0, N, g2, LSE_A, LSE_F, S2A, S2F, MEANS, 1)
             weights += da
-            da, more = difference_gradients(a, f, stats, m0, N, g2, LSE_A, LSE_F, S2A, S2F, 0)
+            da, more = difference_gradients(a, f, stats, m0, N, g2, LSE_A, LSE_F, S2A, S2F, MEANS, 0)
             weights += da
             put_weights(pair_weights, 1, df + more, k0, m0, rows, width, PARTS, BLOCK_N, BLOCK_M)
         put_weights(pair_weights, 0, weights, k0, m0, rows, width, PARTS, BLOCK_N, BLOCK_M)
