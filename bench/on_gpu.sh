@@ -46,7 +46,7 @@ stage() {
 
 missing=()
 for module in torch triton numpy pytest setuptools pybind11; do
-    "$python" -c "import $module" 2>/dev/null || missing+=("the Python package $module")
+    timeout --kill-after=5 60 "$python" -c "import $module" 2>/dev/null || missing+=("the Python package $module")
 done
 for tool in cmake ninja c++; do
     command -v "$tool" >/dev/null || missing+=("$tool")

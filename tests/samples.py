@@ -85,6 +85,19 @@ def _data(sample: Sample, generator: torch.Generator) -> tuple[Tensor, Tensor]:
             )
         case "scaled":  # not normalised, norms over six decades
             return img * 10 ** (randn(n, 1, 1, 1) - 1), aud * 10 ** (randn(m, 1) - 1)
+        case "saturated":  # one pair has each row of a softmax to itself; the first two images have each other's sound
+            aud = F.normalize(aud, dim=1)
+            own = torch.arange(n) % m
+            own[:2] = own[:2].flip(0)
+            return 4 * (aud[own, :, None, None] + 0.3 * F.normalize(img, dim=1)), aud
+        case "twins":  # the same, and the last two pairs are alike: they share a row of each softmax, half and half
+            aud = F.normalize(aud, dim=1)
+            aud[-2:] = aud[-1].clone()
+            own = torch.arange(n) % m
+            own[:2] = own[:2].flip(0)
+            img = 4 * (aud[own, :, None, None] + 0.3 * F.normalize(img, dim=1))
+            img[-2:] = img[-1].clone()
+            return img, aud
         case _:
             raise ValueError(f"kind is {sample.kind!r}")
     return F.normalize(img, dim=1), F.normalize(aud, dim=1)
@@ -107,10 +120,16 @@ SAMPLES = [
     Sample(9, 9, 32, 5, 5, kind="ties", layout="channels_last"),
     Sample(6, 6, 32, 6, 6, kind="constant"),
     Sample(7, 7, 19, 5, 3, kind="scaled"),
+    Sample(20, 20, 100, 2, 2, kind="saturated"),
+    Sample(2, 2, 24, 3, 1, kind="saturated", layout="channels_last"),
+    Sample(20, 20, 100, 2, 2, kind="twins"),
+    Sample(4, 4, 24, 3, 1, kind="twins", layout="channels_last"),
+    Sample(8, 8, 100, 2, 2, dtype=BF16, kind="twins"),
     Sample(40, 40, 96, 7, 7, dtype=BF16),
     Sample(19, 19, 70, 7, 7, dtype=BF16, layout="channels_last", kind="clustered"),
     Sample(9, 9, 17, 3, 5, dtype=BF16, layout="strided"),
     Sample(12, 12, 32, 4, 4, dtype=BF16, kind="ties"),
+    Sample(8, 8, 100, 2, 2, dtype=BF16, kind="saturated"),
     Sample(21, 21, 64, 7, 7, dtype=FP16),
     Sample(10, 10, 24, 6, 5, dtype=FP16, layout="channels_last"),
     Sample(18, 18, 33, 1, 1, dtype=FP16, kind="clustered"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import pkgutil
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,16 @@ if importlib.util.find_spec("triton.backends.nvidia") is None:
 import cubin
 import triton
 import triton_resources
+from triton.runtime.jit import JITFunction
 
+from fnac_kernels.backends import triton as backend
 from fnac_kernels.backends.triton import tuning
 
 TABLE = Path(__file__).parent / "data" / "triton_resources.txt"
 #: Kilobytes that one program may take.
 SHARED_LIMIT = {80: 163, 86: 99, 90: 227, 100: 227}
 TESTED_WITH = "3.6.0"
+DTYPES = ("fp32", "bf16", "fp16")
 NO_PRODUCTS = (
     "image nchw", "image nhwc", "map", "pool", "audio_share_gather", "audio_gradient", "collect", "finish", "parts"
 )  # fmt: skip
@@ -33,17 +37,27 @@ def costs():
     return triton_resources.table()
 
 
-def settings(blocks):
-    """What the table says, without what is fitted to a map."""
-    sizes = {name: size for name, size in blocks.sizes.items() if name not in ("BLOCK_P", "IMAGES", "FULL", "TAIL")}
-    return tuple(sorted(sizes.items())), blocks.num_warps, blocks.num_stages, blocks.max_registers
-
-
 @pytest.mark.parametrize("capability", tuning.TABLE)
-def test_every_line_of_the_table_is_compiled(capability):
-    dtypes = ("fp32", "bf16", "fp16")
-    compiled = {settings(v.blocks) for dtype in dtypes for v in triton_resources.variants(capability, dtype)}
-    assert {settings(blocks) for blocks in tuning.TABLE[capability].values()} <= compiled
+def test_every_line_of_the_table_is_compiled(capability, monkeypatch):
+    """Each line is marked in turn, and a variant has to carry the mark."""
+    lines = tuning.TABLE[capability]
+    for name, line in lines.items():
+        with monkeypatch.context() as patch:
+            patch.setitem(lines, name, line.changed(num_stages=99))
+            marked = [v for dtype in DTYPES for v in triton_resources.variants(capability, dtype)]
+        assert any(v.blocks.num_stages == 99 for v in marked), name
+
+
+def test_every_kernel_is_compiled():
+    modules = [importlib.import_module(f"{backend.__name__}.{m.name}") for m in pkgutil.iter_modules(backend.__path__)]
+    kernels = {
+        name
+        for module in modules
+        for name, x in vars(module).items()
+        if isinstance(x, JITFunction) and "_kernel" in name
+    }
+    assert len(kernels) > 10
+    assert kernels == {v.kernel.__name__ for dtype in DTYPES for v in triton_resources.variants(90, dtype)}
 
 
 def test_no_spills_and_shared_memory_within_the_limit(costs):

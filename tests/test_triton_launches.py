@@ -18,21 +18,62 @@ if importlib.util.find_spec("triton.backends.nvidia") is None:
 HERE = Path(__file__).parent
 
 
+def on_no_device(*command: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own, in which kernels are compiled, not interpreted."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join((str(HERE.parent), str(HERE)))
+    return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, check=False)
+
+
 @pytest.fixture(scope="module")
 def counted():
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = str(HERE.parent)
-    command = [sys.executable, HERE / "triton_launches.py"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    done = on_no_device(str(HERE / "triton_launches.py"))
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
 
+BROKEN = """
+import sys, types, torch, triton_launches
+from triton.runtime import driver
+from fnac_kernels import _dispatch, _ops
+from fnac_kernels.backends.triton import tuning
+device = triton_launches.Hopper()
+device.launcher_cls = lambda *_: None
+device.utils = types.SimpleNamespace(get_device_properties=lambda _: {"max_shared_mem": 4096})
+driver.set_active(device)
+_dispatch.BACKENDS["triton"].__dict__["problem"] = None
+blocks = tuning.fit_max_logits(tuning.TABLE[90]["max_logits"], 49).sized(BLOCK_C=int(sys.argv[1]))
+tuning.max_logits = lambda *_: blocks
+try:
+    _ops._max_logits(torch.zeros(2, 64, 7, 7).bfloat16(), torch.zeros(2, 64).bfloat16(), 1.0, "triton")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("channels", "cause"),
+    [(48, "CompilationError"), (64, "OutOfResources: out of resource: shared memory")],
+    ids=["does not compile", "does not fit"],
+)
+def test_a_kernel_that_cannot_run_says_which_why_and_what_would_serve(channels, cause):
+    done = on_no_device("-c", BROKEN, str(channels))
+    assert f"the Triton kernel max_logits_kernel cannot run on this device: {cause}" in done.stdout, done.stderr[-3000:]
+    assert done.stdout.endswith("backend='cuda' or backend='reference' would serve\n")
+
+
 def test_the_whole_loss_launches_at_most_eight_kernels_each_way(counted):
-    assert len(counted["launches"]) == 8
+    assert len(counted["launches"]) == 3 * 3 * 2 * 7
     for case, (forward, backward) in counted["launches"].items():
         assert 4 <= len(forward) <= 8, (case, forward)
         assert 4 <= len(backward) <= 8, (case, backward)
+
+
+def test_the_host_waits_for_nothing(counted):
+    """PyTorch is asked for the copies and one addition: nothing that reads a value."""
+    for case, directions in counted["launches"].items():
+        operators = {name for launches in directions for name in launches if name.startswith("aten::")}
+        assert operators <= {"aten::clone", "aten::add_"}, (case, operators)
 
 
 def test_channels_last_features_are_read_in_place(counted):
@@ -47,6 +88,13 @@ def test_shapes_of_a_class_share_their_compiled_kernels(counted, changing):
     16 are one class, the others another.
     """
     assert counted["variants"][changing] == [6, 6]
+
+
+@pytest.mark.parametrize(("dtype", "backward"), [("bfloat16", 6), ("float16", 6), ("float32", 5)])
+@pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
+def test_so_they_do_in_every_dtype_and_memory_format(counted, dtype, backward, layout):
+    """float32 features need no parts."""
+    assert counted["variants"][f"torch.{dtype} torch.{layout}"] == [6, backward]
 
 
 def test_a_step_of_4096_allocates_at_most_the_gradients_and_12_bytes_a_pair(counted):

@@ -6,6 +6,7 @@ Run as ``python tests/triton_launches.py``; prints JSON. A process of its own, b
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from typing import Any
 
@@ -103,6 +104,12 @@ def call(
     return forward, backward
 
 
+def compiled(shapes: list[tuple[int, int, int, int]], dtype: torch.dtype, layout: torch.memory_format) -> list[int]:
+    """How many kernels calls of these shapes compile, forward and backward."""
+    calls = [call(*shape, dtype, layout) for shape in shapes]
+    return [len(set().union(*(r.compiled for r in pair))) for pair in zip(*calls, strict=True)]
+
+
 def peak(dtype: torch.dtype, layout: torch.memory_format) -> int:
     """The most that a step of 4096 pairs takes beside its inputs, in bytes."""
     meter = Meter()
@@ -115,10 +122,14 @@ def main() -> None:
     _dispatch.BACKENDS["triton"].__dict__["problem"] = None
     nchw, last = torch.contiguous_format, torch.channels_last
     launches = {}
-    for layout in (nchw, last):
-        for n in (1, 31, 32, 256):
-            forward, backward = call(n, 512, 7, 7, torch.bfloat16, layout)
-            launches[f"{n} {layout}"] = [forward.launches, backward.launches]
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    for precision, dtype, layout in itertools.product(("highest", "high", "medium"), dtypes, (nchw, last)):
+        torch.set_float32_matmul_precision(precision)
+        # 17 x 17: more cells than one program takes.
+        for n, side in ((1, 7), (31, 7), (32, 7), (256, 7), (256, 14), (32, 17), (256, 28)):
+            forward, backward = call(n, 512, side, side, dtype, layout)
+            launches[f"{n} {side} {dtype} {precision} {layout}"] = [forward.launches, backward.launches]
+    torch.set_float32_matmul_precision("highest")
     variants = {}
     for name, shapes in {
         "batch": [(n, 512, 7, 7) for n in (256, 272, 304, 384, 496, 512)],
@@ -127,8 +138,8 @@ def main() -> None:
         "map": [(256, 512, h, w) for h, w in ((7, 7), (6, 8), (5, 10), (8, 8 - 1))],
         "everything": [(n, c, h, 7) for n in (256, 304, 400) for c in (64, 512) for h in (5, 6, 7)],
     }.items():
-        calls = [call(*shape, torch.bfloat16, last) for shape in shapes]
-        variants[name] = [len(set().union(*(r.compiled for r in pair))) for pair in zip(*calls, strict=True)]
+        variants[name] = compiled(shapes, torch.bfloat16, last)
+    variants |= {f"{dtype} {layout}": compiled(shapes, dtype, layout) for dtype in dtypes for layout in (nchw, last)}
     peaks = {
         f"{dtype} {layout}": peak(dtype, layout) for dtype in (torch.bfloat16, torch.float32) for layout in (nchw, last)
     }

@@ -12,8 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fnac_kernels.backends.triton import tuning
+from fnac_kernels.backends.triton import sweep, tuning
 from fnac_kernels.backends.triton.adjacency_tiles import (
+    EXACT,
+    IN_PARTS,
     LSE_A,
     LSE_F,
     LSE_I,
@@ -34,7 +36,7 @@ from fnac_kernels.backends.triton.adjacency_tiles import (
     logit_tile,
     rows_and_columns,
     scaled_threshold,
-    sign,
+    sign_of_difference,
     softmax,
 )  # fmt: skip
 from fnac_kernels.backends.triton.launch import on, precision, run
@@ -167,13 +169,13 @@ def collect_kernel(
 @triton.jit
 def difference(
     partials, x, y, stats, row0, slot, N,
-    X: tl.constexpr, Y: tl.constexpr, SX: tl.constexpr, SY: tl.constexpr, AXIS: tl.constexpr,
+    X: tl.constexpr, Y: tl.constexpr, SX: tl.constexpr, SY: tl.constexpr, ROUNDING: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
     """The sum of ``|P_X - P_Y|`` over a tile; its row sums of sign times softmax go to ``partials``."""
     row = row0 + tl.arange(0, x.shape[1 - AXIS])
     px = softmax(x, stats, row0, N, X, AXIS)
     py = softmax(y, stats, row0, N, Y, AXIS)
-    s = sign(px - py)
+    s = sign_of_difference(x, y, px, py, ROUNDING)
     put(partials, slot * SUM_PLANES + (SX - S1A), row, N, tl.sum(s * px, axis=AXIS))
     put(partials, slot * SUM_PLANES + (SY - S1A), row, N, tl.sum(s * py, axis=AXIS))
     return tl.sum(tl.abs(px - py))
@@ -188,6 +190,7 @@ def distances_kernel(
     """A tile of the three distances, and its transpose. One distance after the other: few tiles are alive at a time."""
     i, j, n, m = rows_and_columns(tl.program_id(0), BLOCK)
     out = tile_terms + tl.program_id(0) * 3
+    MEANS: tl.constexpr = EXACT if aud.dtype.element_ty == tl.float32 else IN_PARTS  # in the backward
     if S1 or S3:
         logit, transposed = (
             logit_tile(logits, i * BLOCK, j * BLOCK, N, BLOCK, BLOCK),
@@ -195,22 +198,22 @@ def distances_kernel(
         )
     if S3:
         v = gram(avg, n, m, N, C, scale, 1, PRECISION, BLOCK_C)
-        total = difference(partials, v, logit, stats, i * BLOCK, j, N, LSE_I, LSE_L, S3I, S3L, 1)
+        total = difference(partials, v, logit, stats, i * BLOCK, j, N, LSE_I, LSE_L, S3I, S3L, MEANS, 1)
         if i < j:
-            total += difference(partials, v, transposed, stats, j * BLOCK, i, N, LSE_I, LSE_L, S3I, S3L, 0)
+            total += difference(partials, v, transposed, stats, j * BLOCK, i, N, LSE_I, LSE_L, S3I, S3L, MEANS, 0)
         tl.store(out + 2, total)
     if S1 or S2:
         a = gram(aud, n, m, N, C, scale, 1, PRECISION, BLOCK_C)
     if S1:
-        total = difference(partials, a, logit, stats, i * BLOCK, j, N, LSE_A, LSE_L, S1A, S1L, 1)
+        total = difference(partials, a, logit, stats, i * BLOCK, j, N, LSE_A, LSE_L, S1A, S1L, EXACT, 1)
         if i < j:
-            total += difference(partials, a, transposed, stats, j * BLOCK, i, N, LSE_A, LSE_L, S1A, S1L, 0)
+            total += difference(partials, a, transposed, stats, j * BLOCK, i, N, LSE_A, LSE_L, S1A, S1L, EXACT, 0)
         tl.store(out, total)
     if S2:
         f = gram(fore, n, m, N, C, scale, 1, PRECISION, BLOCK_C)
-        total = difference(partials, a, f, stats, i * BLOCK, j, N, LSE_A, LSE_F, S2A, S2F, 1)
+        total = difference(partials, a, f, stats, i * BLOCK, j, N, LSE_A, LSE_F, S2A, S2F, MEANS, 1)
         if i < j:
-            total += difference(partials, a, f, stats, j * BLOCK, i, N, LSE_A, LSE_F, S2A, S2F, 0)
+            total += difference(partials, a, f, stats, j * BLOCK, i, N, LSE_A, LSE_F, S2A, S2F, MEANS, 0)
         tl.store(out + 1, total)
 
 
@@ -278,15 +281,16 @@ def adjacency(
     stats, col_lse, entropies = floats(logits, n, ROW_STATS), floats(logits, n), floats(logits, n)
     wanted = flags(weights, adjacency_threshold)
     distances = {name: wanted[name] for name in ("S1", "S2", "S3")}
-    blocks, rows = tuning.adjacency(aud), tuning.adjacency_rows()
-    slots = triton.cdiv(n, blocks.sizes["BLOCK"])
-    tiles = slots * (slots + 1) // 2
-    tile = {"PRECISION": precision(torch.float32), **blocks.options}
-    inputs = (logits, aud, img_avg, foreground)
+    rows = tuning.adjacency_rows()
     row_blocks = triton.cdiv(n, rows.sizes["BLOCK"])
-    partials = floats(logits, slots, LSE_PLANES.value, n)
-    tile_terms = floats(logits, tiles, 3)
-    with on(logits):
+    inputs = (logits, aud, img_avg, foreground)
+
+    def launch(blocks: tuning.Blocks) -> None:
+        slots = triton.cdiv(n, blocks.sizes["BLOCK"])
+        tiles = slots * (slots + 1) // 2
+        tile = {"PRECISION": precision(torch.float32), **blocks.options}
+        partials = floats(logits, slots, LSE_PLANES.value, n)
+        tile_terms = floats(logits, tiles, 3)
         run(
             statistics_kernel, (tiles,), *inputs, partials, n, c, 1 / tau, scaled_threshold(adjacency_threshold, tau),
             **wanted, **tile,
@@ -305,4 +309,7 @@ def adjacency(
             finish_kernel, (row_blocks + 1,), partials, tile_terms, entropies, stats, loss, terms, n, slots, tiles,
             *map(float, weights), NCE=wanted["NCE"], **distances, **rows.options,
         )  # fmt: skip
+
+    with on(logits):
+        launch(sweep.chosen("adjacency", sweep.pair_class(aud), tuning.adjacency(aud), launch))
     return loss, terms, stats, col_lse

@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fnac_kernels.backends.triton import tuning
+from fnac_kernels.backends.triton import sweep, tuning
 from fnac_kernels.backends.triton.adjacency_tiles import (
+    EXACT,
+    IN_PARTS,
     LSE_A,
     LSE_F,
     LSE_I,
@@ -31,7 +33,7 @@ from fnac_kernels.backends.triton.adjacency_tiles import (
     leaves_denominators,
     logit_tile,
     scaled_threshold,
-    sign,
+    sign_of_difference,
     softmax,
     stat,
     tile_at,
@@ -56,13 +58,13 @@ def term_gradient(grad_loss, grad_terms, weight, TERM: tl.constexpr, LOSS: tl.co
 @triton.jit
 def difference_gradients(
     x, y, stats, row0, N, g,
-    X: tl.constexpr, Y: tl.constexpr, SX: tl.constexpr, SY: tl.constexpr, AXIS: tl.constexpr,
+    X: tl.constexpr, Y: tl.constexpr, SX: tl.constexpr, SY: tl.constexpr, ROUNDING: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
     """What the sum of ``|P_X - P_Y|``, with gradient g, gives to a tile of X and of Y."""
     px = softmax(x, stats, row0, N, X, AXIS)
     py = softmax(y, stats, row0, N, Y, AXIS)
-    s = sign(px - py)
     BLOCK: tl.constexpr = x.shape[1 - AXIS]
+    s = sign_of_difference(x, y, px, py, ROUNDING)
     return g * px * (s - stat(stats, row0, N, SX, BLOCK, AXIS)), g * py * (stat(stats, row0, N, SY, BLOCK, AXIS) - s)
 
 
@@ -96,6 +98,7 @@ def weights_kernel(
 
     A is made in both halves: a program that keeps all of them spills.
     """
+    MEANS: tl.constexpr = EXACT if PARTS == 1 else IN_PARTS
     column_blocks = tl.cdiv(N, BLOCK_M)
     k0 = tl.program_id(0) // column_blocks * BLOCK_N
     n0, m0 = row0 + k0, tl.program_id(0) % column_blocks * BLOCK_M
@@ -108,7 +111,7 @@ def weights_kernel(
         logit = logit_tile(logits, n0, m0, N, BLOCK_N, BLOCK_M)
         total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         if S1:
-            _, total = difference_gradients(a, logit, stats, n0, N, g1, LSE_A, LSE_L, S1A, S1L, 1)
+            _, total = difference_gradients(a, logit, stats, n0, N, g1, LSE_A, LSE_L, S1A, S1L, EXACT, 1)
         if NCE:
             g0 = term_gradient(grad_loss, grad_terms, w0, 0, LOSS, TERMS) / N
             lse = tl.load(col_lse + m, mask=m < N, other=0.0)
@@ -119,10 +122,10 @@ def weights_kernel(
         if S3:
             g3 = term_gradient(grad_loss, grad_terms, w3, 3, LOSS, TERMS) / N / N
             v = gram(avg, n, m, N, C, scale, PARTS, PRECISION, BLOCK_C)
-            weights, more = difference_gradients(v, logit, stats, n0, N, g3, LSE_I, LSE_L, S3I, S3L, 1)
+            weights, more = difference_gradients(v, logit, stats, n0, N, g3, LSE_I, LSE_L, S3I, S3L, MEANS, 1)
             total += more
             transposed = tl.trans(logit_tile(logits, m0, n0, N, BLOCK_M, BLOCK_N))
-            more, _ = difference_gradients(v, transposed, stats, m0, N, g3, LSE_I, LSE_L, S3I, S3L, 0)
+            more, _ = difference_gradients(v, transposed, stats, m0, N, g3, LSE_I, LSE_L, S3I, S3L, MEANS, 0)
             put_weights(pair_weights, 2, weights + more, k0, m0, rows, width, PARTS, BLOCK_N, BLOCK_M)
         inside = within(rows - k0, N - m0, BLOCK_N, BLOCK_M)
         tl.store(tile_at(dlogits, n0, m0, N, BLOCK_N, BLOCK_M), total, mask=inside)
@@ -130,16 +133,16 @@ def weights_kernel(
         weights = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         if S1:
             logit = logit_tile(logits, n0, m0, N, BLOCK_N, BLOCK_M)
-            weights, _ = difference_gradients(a, logit, stats, n0, N, g1, LSE_A, LSE_L, S1A, S1L, 1)
+            weights, _ = difference_gradients(a, logit, stats, n0, N, g1, LSE_A, LSE_L, S1A, S1L, EXACT, 1)
             transposed = tl.trans(logit_tile(logits, m0, n0, N, BLOCK_M, BLOCK_N))
-            more, _ = difference_gradients(a, transposed, stats, m0, N, g1, LSE_A, LSE_L, S1A, S1L, 0)
+            more, _ = difference_gradients(a, transposed, stats, m0, N, g1, LSE_A, LSE_L, S1A, S1L, EXACT, 0)
             weights += more
         if S2:
             g2 = term_gradient(grad_loss, grad_terms, w2, 2, LOSS, TERMS) / N / N
             f = gram(fore, n, m, N, C, scale, PARTS, PRECISION, BLOCK_C)
-            da, df = difference_gradients(a, f, stats, n0, N, g2, LSE_A, LSE_F, S2A, S2F, 1)
+            da, df = difference_gradients(a, f, stats, n0, N, g2, LSE_A, LSE_F, S2A, S2F, MEANS, 1)
             weights += da
-            da, more = difference_gradients(a, f, stats, m0, N, g2, LSE_A, LSE_F, S2A, S2F, 0)
+            da, more = difference_gradients(a, f, stats, m0, N, g2, LSE_A, LSE_F, S2A, S2F, MEANS, 0)
             weights += da
             put_weights(pair_weights, 1, df + more, k0, m0, rows, width, PARTS, BLOCK_N, BLOCK_M)
         put_weights(pair_weights, 0, weights, k0, m0, rows, width, PARTS, BLOCK_N, BLOCK_M)
@@ -245,7 +248,6 @@ def adjacency_backward(
             (foreground, wanted["S2"]),
         )
     )
-    pairs, features = tuning.adjacency_weights(aud), tuning.adjacency_features(aud)
     any_distance = any(distances.values())
     rows = rows_at_a_time(n) if any_distance else n
     two = aud.dtype != torch.float32  # parts of means, and of the weights that multiply them
@@ -263,20 +265,33 @@ def adjacency_backward(
             *means, sounds = parts(img_avg, foreground, aud)
         elif any_distance and two:
             means = parts(img_avg, foreground)
-        for row0 in range(0, n, rows):
+
+        def weigh(blocks: tuning.Blocks, row0: int = 0) -> None:
             count = min(rows, n - row0)
+            tiles = triton.cdiv(count, blocks.sizes["BLOCK_N"]) * triton.cdiv(n, blocks.sizes["BLOCK_M"])
             run(
-                weights_kernel,
-                (triton.cdiv(count, pairs.sizes["BLOCK_N"]) * triton.cdiv(n, pairs.sizes["BLOCK_M"]), sides),
-                grad_loss, grad_terms, *map(float, weights), logits, aud, *means, row_stats, col_lse,
-                dlogits, pair_weights, row0, count, n, width, c, 1 / tau, scaled_threshold(adjacency_threshold, tau),
-                LOSS=grad_loss is not None, TERMS=grad_terms is not None, **wanted, **product, **pairs.options,
+                weights_kernel, (tiles, sides), grad_loss, grad_terms, *map(float, weights), logits, aud, *means,
+                row_stats, col_lse, dlogits, pair_weights, row0, count, n, width, c, 1 / tau,
+                scaled_threshold(adjacency_threshold, tau),
+                LOSS=grad_loss is not None, TERMS=grad_terms is not None, **wanted, **product, **blocks.options,
             )  # fmt: skip
+
+        def multiply(blocks: tuning.Blocks, row0: int = 0) -> None:
+            count = min(rows, n - row0)
+            tiles = (triton.cdiv(count, blocks.sizes["BLOCK_N"]), triton.cdiv(c, blocks.sizes["BLOCK_C"]))
+            run(
+                features_kernel, (*tiles, 3), pair_weights, sounds, *means, daud, davg, dforeground,
+                row0, count, n, width, c, 1 / tau, **distances, **product, AUD_PARTS=1 + (sounds is not aud),
+                **blocks.options,
+            )  # fmt: skip
+
+        shape_class = sweep.pair_class(aud)
+        pairs = sweep.chosen("adjacency_weights", shape_class, tuning.adjacency_weights(aud), weigh)
+        features = tuning.adjacency_features(aud)
+        if any_distance:
+            features = sweep.chosen("adjacency_features", shape_class, features, multiply)
+        for row0 in range(0, n, rows):
+            weigh(pairs, row0)
             if any_distance:
-                tiles = (triton.cdiv(count, features.sizes["BLOCK_N"]), triton.cdiv(c, features.sizes["BLOCK_C"]))
-                run(
-                    features_kernel, (*tiles, 3), pair_weights, sounds, *means, daud, davg, dforeground,
-                    row0, count, n, width, c, 1 / tau, **distances, **product, AUD_PARTS=1 + (sounds is not aud),
-                    **features.options,
-                )  # fmt: skip
+                multiply(features, row0)
     return dlogits, daud, davg, dforeground

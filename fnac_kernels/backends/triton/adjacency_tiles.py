@@ -19,6 +19,8 @@ from fnac_kernels.backends.triton.products import add_product
 
 ROW_STATS = 16
 LSE_A, LSE_F, LSE_I, LSE_L, LSE_KEPT = (tl.constexpr(column) for column in (0, 2, 4, 6, 8))
+#: How far rounding may move a float32 logit, of its size: products of float32, and of 16-bit features' means in parts.
+EXACT, IN_PARTS = tl.constexpr(2.0**-21), tl.constexpr(2.0**-17)
 S1A, S2A, S2F, S3I, S1L, S3L = (tl.constexpr(column) for column in range(10, 16))
 
 
@@ -105,9 +107,15 @@ def softmax(tile, stats, row0, N, COLUMN: tl.constexpr, AXIS: tl.constexpr):
 
 
 @triton.jit
-def sign(x):
-    """-1, 0 or 1; NaN stays NaN."""
-    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))
+def sign_of_difference(x, y, px, py, ROUNDING: tl.constexpr):
+    """``sign(px - py)`` of the softmaxes of x and y, 0 where rounding may have decided it; never NaN.
+
+    The backward makes the tiles again, with other roundings than the forward. A sign that is not the one that the row
+    sums were made with leaves in the gradient what should cancel: of two equal pairs half a row. So what is within
+    ROUNDING of the logits' size counts as equal, forward and backward.
+    """
+    d = px - py
+    return tl.where(tl.abs(d) > ROUNDING * (tl.abs(x) + tl.abs(y)) * px, tl.where(d > 0, 1.0, -1.0), 0.0)
 
 
 @triton.jit

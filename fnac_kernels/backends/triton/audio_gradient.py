@@ -23,6 +23,8 @@ from fnac_kernels.backends.triton.products import add_product
 GATHER_CELLS = 128
 #: Bytes of channels_last copies alive at a time, as far as four pieces do it: each piece has shares of its own.
 LARGEST_COPY = 128 * 2**20
+#: Up to so many images one copy and one launch do: there few launches count for more than the copy's memory.
+ONE_COPY = 256
 
 
 @triton.jit(do_not_specialize=["N", "M", "P", "images"])
@@ -115,6 +117,6 @@ def audio_gradient(
 
 def _pieces(img: Tensor) -> tuple[Tensor, ...]:
     """``img``, or of a large one in NCHW up to four pieces, which are copied one after the other."""
-    if img.is_contiguous(memory_format=torch.channels_last):
+    if len(img) <= ONE_COPY or img.is_contiguous(memory_format=torch.channels_last):
         return (img,)
     return img.tensor_split(min(4, len(img), triton.cdiv(img.nbytes, LARGEST_COPY)))

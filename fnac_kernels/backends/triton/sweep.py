@@ -17,7 +17,7 @@ from fnac_kernels.backends.triton.tuning import Blocks, power_of_two
 
 _fastest: dict[Hashable, Blocks] = {}
 #: Sizes that may be halved or doubled; the others are tied to the map.
-_FREE = ("BLOCK_M", "BLOCK_C")
+_FREE = ("BLOCK", "BLOCK_N", "BLOCK_M", "BLOCK_C")
 _CALLS = 10
 
 
@@ -43,8 +43,14 @@ def shape_class(img: torch.Tensor, m: int) -> tuple[Hashable, ...]:
     return img.dtype, c, h * w, power_of_two(n), power_of_two(m)
 
 
+def pair_class(aud: torch.Tensor) -> tuple[Hashable, ...]:
+    """Dtype, channels, and pairs to the next power of two: what the adjacency kernels' time depends on."""
+    n, c = aud.shape
+    return aud.dtype, c, power_of_two(n)
+
+
 def neighbours(blocks: Blocks) -> Iterator[Blocks]:
-    """One step in each direction: nine at most."""
+    """One step in each direction: eleven at most."""
     for name in _FREE:
         size = blocks.sizes.get(name)
         if size is not None:
