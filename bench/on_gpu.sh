@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # on_gpu.sh: everything that needs a CUDA device, within 9 minutes and without network or installation: builds in place,
 # runs the table of samples and the device's own tests on every GPU backend, compute-sanitizer on small samples, and the
-# benchmark. Writes on_gpu.log and the results to $OUT (bench/results/gpu without it), as JSON.
+# benchmark. Writes on_gpu.log and the results to $OUT (bench/results/gpu without it), as JSON; on_gpu.json says on which
+# machine, with which versions, and how each stage ended, and is written anew at each: it is there whatever happens.
 #
 # Needs python3 (or $PYTHON) with torch, triton, numpy, pytest, setuptools and pybind11; cmake, ninja and a C++20 compiler;
 # nvcc; compute-sanitizer for its stages. A stage that fails or runs out of its time does not stop the next ones; the end
@@ -12,39 +13,94 @@ out=${OUT:-bench/results/gpu}
 mkdir -p "$out"
 log=$out/on_gpu.log
 python=${PYTHON:-python3}
-PATH=$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH # pip's cmake and ninja
-export PATH PYTHONUNBUFFERED=1
-limit=530 # seconds for everything
-failed=()
+limit=${LIMIT:-530} # seconds for everything
+failed=() missing=() stages=() machine=()
 : >"$log"
 
 say() { echo "$*" | tee -a "$log"; }
 
+# quoted TEXT: as a string of JSON.
+quoted() { printf '"%s"' "$(tr -d '\000-\037' <<<"$1" | sed 's/[\\"]/\\&/g')"; }
+
+joined() { # ITEM...: with commas
+    local IFS=,
+    echo "$*"
+}
+
+# record OUTCOME: on_gpu.json, complete at any time.
+record() {
+    local why=()
+    for item in "${missing[@]}"; do why+=("$(quoted "$item")"); done
+    printf '{"outcome": %s, "seconds": %s, "missing": [%s], "machine": {%s}, "stages": [%s]}\n' "$(quoted "$1")" \
+        "$SECONDS" "$(joined "${why[@]}")" "$(joined "${machine[@]}")" "$(joined "${stages[@]}")" >"$out/on_gpu.part"
+    mv "$out/on_gpu.part" "$out/on_gpu.json"
+}
+
+# What is known of the machine without a working torch, or any Python.
+fact() { machine+=("$(quoted "$1"): $(quoted "$2")"); }
+asked() { timeout --kill-after=5 20 "$@" 2>/dev/null </dev/null | head -n 8 | paste -sd ';' || true; }
+
+finish() {
+    local status=$?
+    trap - EXIT
+    if ((${#missing[@]})); then
+        record "not started: something is missing"
+    elif ((status == 0)); then
+        record passed
+    elif ((${#failed[@]})); then
+        record failed
+    else
+        record "stopped with status $status"
+    fi
+    exit "$status"
+}
+trap finish EXIT
+trap 'exit 143' TERM
+trap 'exit 130' INT
+record running
+fact system "$(uname -srm)"
+fact gpu "$(asked nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader)"
+fact nvcc "$(asked "$(command -v nvcc || echo "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc")" --version)"
+fact versions "$(asked "$python" -c '
+import importlib.metadata, platform
+print("python", platform.python_version())
+for name in ("torch", "triton", "numpy", "pytest", "pybind11"):
+    try:
+        print(name, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        print(name, "not installed")')"
+fact commit "$(asked git rev-parse HEAD)"
+fact date "$(date -u +%FT%TZ)"
+record running
+
+PATH=$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))' || true):$PATH # pip's cmake and ninja
+export PATH PYTHONUNBUFFERED=1
+
 # stage NAME SECONDS COMMAND...: runs it within its time and what is left of the whole.
 stage() {
-    local name=$1 seconds=$2 status=0 began=$SECONDS
+    local name=$1 seconds=$2 status=0 began=$SECONDS outcome
     shift 2
     if [[ -n ${ONLY:-} && " $ONLY " != *" $name "* ]]; then return; fi
     if ((limit - SECONDS < seconds)); then seconds=$((limit - SECONDS)); fi
     echo "--- $name: $*" >>"$log"
+    record "running $name"
     if ((seconds < 5)); then
-        say "--- $name: no time left"
-        failed+=("$name (no time left)")
-        return
+        outcome="no time left" status=124
+    else
+        timeout --kill-after=5 "$seconds" "$@" </dev/null >>"$log" 2>&1 || status=$?
+        case $status in
+            0) outcome=ok ;;
+            124 | 137) outcome="out of its $seconds s" ;;
+            *) outcome=failed ;;
+        esac
+        if ((status)); then tail -n 25 "$log"; fi
     fi
-    timeout --kill-after=5 "$seconds" "$@" </dev/null >>"$log" 2>&1 || status=$?
-    case $status in
-        0) say "--- $name: ok, $((SECONDS - began)) s" ;;
-        124 | 137) status="out of its $seconds s" ;;&
-        *)
-            tail -n 25 "$log"
-            say "--- $name: failed ($status)"
-            failed+=("$name ($status)")
-            ;;
-    esac
+    say "--- $name: $outcome, $((SECONDS - began)) s"
+    if ((status)); then failed+=("$name ($outcome)"); fi
+    stages+=("{\"stage\": \"$name\", \"outcome\": \"$outcome\", \"seconds\": $((SECONDS - began)), \"status\": $status}")
+    record "running"
 }
 
-missing=()
 for module in torch triton numpy pytest setuptools pybind11; do
     timeout --kill-after=5 60 "$python" -c "import $module" 2>/dev/null || missing+=("the Python package $module")
 done

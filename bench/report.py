@@ -168,9 +168,11 @@ def _picture(path: str) -> str:
 
 
 def read(folder: Path) -> dict[str, list[Run]]:
-    """The results of each machine, a folder each, in the order of the file names."""
+    """The results of each machine, a folder each, in the order of the file names. (``on_gpu.json`` tells how
+    ``on_gpu.sh`` went.)
+    """
     machines: dict[str, list[Run]] = {}
-    for path in sorted(folder.glob("*/*.json")):
+    for path in sorted(path for path in folder.glob("*/*.json") if path.name != "on_gpu.json"):
         machines.setdefault(path.parent.name, []).append(Run.read(path))
     return machines
 

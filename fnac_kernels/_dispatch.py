@@ -34,7 +34,8 @@ class Backend:
     """One way to run the kernels: its module, the tensors it takes, and a probe that says why it is not usable.
 
     ``emulation`` is the variable of the environment under which its kernels run on CPU tensors, for tests. With
-    ``narrow_argmax`` the argmax of ``max_logits`` is uint8 where a map has at most 256 cells.
+    ``narrow_argmax`` the argmax of ``max_logits`` is uint8 where a map has at most 256 cells. With ``channels_last``
+    features whose strides are of no memory format are copied to channels_last, where the backend would copy NCHW too.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Backend:
     probe: Callable[[], str | None]
     emulation: str | None = None
     narrow_argmax: bool = False
+    channels_last: bool = False
 
     @property
     def emulated(self) -> bool:
@@ -92,7 +94,13 @@ BACKENDS: dict[str, Backend] = {
     for backend in (
         Backend("cpu", "fnac_kernels.backends.cpu", "cpu", _probe_cpu),
         Backend(
-            "triton", "fnac_kernels.backends.triton", "cuda", _probe_triton, "TRITON_INTERPRET", narrow_argmax=True
+            "triton",
+            "fnac_kernels.backends.triton",
+            "cuda",
+            _probe_triton,
+            "TRITON_INTERPRET",
+            narrow_argmax=True,
+            channels_last=True,
         ),
         Backend("cuda", "fnac_kernels.backends.cuda", "cuda", _probe_cuda, "FNAC_CUDA_EMULATION"),
     )

@@ -32,16 +32,19 @@ def _primitives(backend: str) -> Any:
     return _dispatch.BACKENDS[backend].load()
 
 
-def _dense(img: Tensor) -> Tensor:
-    """``img`` in NCHW or channels_last memory; a copy only where its strides are neither."""
+def _dense(img: Tensor, backend: str) -> Tensor:
+    """``img`` in NCHW or channels_last memory; a copy only where its strides are neither, to what the backend reads."""
     if img.is_contiguous() or img.is_contiguous(memory_format=torch.channels_last):
         return img
-    return img.contiguous()
+    reads = torch.channels_last if _dispatch.BACKENDS[backend].channels_last else torch.contiguous_format
+    return img.contiguous(memory_format=reads)
 
 
-def _like_features(img: Tensor, aud: Tensor | None, need_img: bool, need_aud: bool) -> tuple[Tensor, Tensor]:
+def _like_features(
+    img: Tensor, aud: Tensor | None, need_img: bool, need_aud: bool, backend: str
+) -> tuple[Tensor, Tensor]:
     """Fake gradients; an unwanted one is an empty tensor, because an operator cannot return None."""
-    dimg = torch.empty_like(_dense(img)) if need_img else img.new_empty(0)
+    dimg = torch.empty_like(_dense(img, backend)) if need_img else img.new_empty(0)
     daud = (
         torch.empty_like(aud, memory_format=torch.contiguous_format)
         if need_aud and aud is not None
@@ -84,7 +87,7 @@ def _feature_backward(
     def dense(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.contiguous()
 
-    img = _dense(img)
+    img = _dense(img, backend)
     dimg, daud = _primitives(backend).feature_backward(
         img,
         dense(aud),
@@ -102,7 +105,7 @@ def _feature_backward(
 
 
 def _feature_backward_fake(img, aud, *args):
-    return _like_features(img, aud, need_img=args[-3], need_aud=args[-2])
+    return _like_features(img, aud, *args[-3:])
 
 
 _define(
@@ -134,7 +137,7 @@ def _call_feature_backward(
 
 
 def _max_logits(img: Tensor, aud: Tensor, tau: float, backend: str) -> tuple[Tensor, Tensor]:
-    return _primitives(backend).max_logits(_dense(img), aud.contiguous(), tau)
+    return _primitives(backend).max_logits(_dense(img, backend), aud.contiguous(), tau)
 
 
 def _max_logits_fake(img: Tensor, aud: Tensor, tau: float, backend: str) -> tuple[Tensor, Tensor]:
@@ -174,7 +177,7 @@ torch.library.register_autograd(
 def _pool_pairs(
     img: Tensor, aud: Tensor, tau: float, threshold: float, pooled: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _primitives(backend).pool_pairs(_dense(img), aud.contiguous(), tau, threshold, pooled)
+    return _primitives(backend).pool_pairs(_dense(img, backend), aud.contiguous(), tau, threshold, pooled)
 
 
 def _pool_pairs_fake(
@@ -228,7 +231,7 @@ torch.library.register_autograd(
 
 
 def _foreground_pool(img: Tensor, maps: Tensor, threshold: float, backend: str) -> tuple[Tensor, Tensor]:
-    return _primitives(backend).foreground_pool(_dense(img), maps.float().contiguous(), threshold)
+    return _primitives(backend).foreground_pool(_dense(img, backend), maps.float().contiguous(), threshold)
 
 
 def _foreground_pool_fake(img: Tensor, maps: Tensor, threshold: float, backend: str) -> tuple[Tensor, Tensor]:
@@ -378,7 +381,7 @@ def _fnac_loss(
     backend: str,
 ) -> tuple[Tensor, ...]:
     primitives = _primitives(backend)
-    img, aud = _dense(img), aud.contiguous()
+    img, aud = _dense(img, backend), aud.contiguous()
     logits, argmax = primitives.max_logits(img, aud, tau)
     pooled = primitives.pool_pairs(img, aud, tau, threshold, _needs_pooled(weights))
     maps, mask, img_avg, foreground = pooled
@@ -483,7 +486,7 @@ def _fnac_loss_backward_op(
 
 
 def _fnac_loss_backward_fake(grad_loss, grad_terms, grad_maps, img, aud, *args):
-    return _like_features(img, aud, need_img=args[-3], need_aud=args[-2])
+    return _like_features(img, aud, *args[-3:])
 
 
 _define(

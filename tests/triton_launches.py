@@ -84,10 +84,13 @@ class Recorder(TorchDispatchMode):
 
 
 def call(
-    n: int, c: int, h: int, w: int, dtype: torch.dtype, layout: torch.memory_format, meter: Meter | None = None
+    n: int, c: int, h: int, w: int, dtype: torch.dtype, layout: torch.memory_format | None, meter: Meter | None = None
 ) -> tuple[Recorder, Recorder]:
-    """The whole loss and its gradients: what its two operators do."""
-    img = torch.zeros(n, c, h, w, dtype=dtype).contiguous(memory_format=layout)
+    """The whole loss and its gradients: what its two operators do. A layout of None is strides of no memory format."""
+    if layout is None:
+        img = torch.zeros(n, 2 * c, h, w, dtype=dtype)[:, ::2]
+    else:
+        img = torch.zeros(n, c, h, w, dtype=dtype).contiguous(memory_format=layout)
     aud = torch.zeros(n, c, dtype=dtype)
     settings = (0.03, 0.6, (1.0, 100.0, 100.0, 100.0), None)
     forward, backward = Recorder(), Recorder()
@@ -123,7 +126,7 @@ def main() -> None:
     nchw, last = torch.contiguous_format, torch.channels_last
     launches = {}
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    for precision, dtype, layout in itertools.product(("highest", "high", "medium"), dtypes, (nchw, last)):
+    for precision, dtype, layout in itertools.product(("highest", "high", "medium"), dtypes, (nchw, last, None)):
         torch.set_float32_matmul_precision(precision)
         # 17 x 17: more cells than one program takes.
         for n, side in ((1, 7), (31, 7), (32, 7), (256, 7), (256, 14), (32, 17), (256, 28)):

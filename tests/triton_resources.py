@@ -26,7 +26,9 @@ from fnac_kernels.backends.triton.tuning import TABLE, Blocks
 
 #: Kilobytes of shared memory a multiprocessor, and threads.
 CHIPS = {80: (164, 2048), 86: (100, 1536), 90: (228, 2048), 100: (228, 2048)}
-CELLS = 49
+#: Maps that lead to every variant there is: of up to 16, 32, 64, 128, 256 and of more cells, with last tiles of 16, 32
+#: and 64, and where rows of NCHW are whole 16-byte loads and where not. A test looks for others.
+CELLS = (49, 196, 4, 9, 16, 25, 32, 64, 80, 81, 100, 256, 289, 529, 576, 784)
 SIZES = (
     "N", "M", "C", "P", "count", "stride_c", "stride_p", "images", "splits", "slots", "tiles", "row0", "rows", "width"
 )  # fmt: skip
@@ -38,13 +40,22 @@ NCHW, CHANNELS_LAST = {"stride_p": 1}, {"stride_c": 1}
 
 
 class Variant(NamedTuple):
-    """A kernel as it is launched: its tile sizes, the arguments that are constants, and sizes divisible by 16."""
+    """A kernel as it is launched: its tile sizes, the arguments that are constants, sizes divisible by 16 besides C,
+    and whether an argmax takes two bytes.
+    """
 
     name: str
     kernel: Any
     blocks: Blocks
     constants: dict[str, Any]
     aligned: tuple[str, ...] = ()
+    wide: bool = False
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Variants of equal keys are the same code."""
+        constants = tuple(sorted((name, str(value)) for name, value in self.constants.items()))
+        return self.kernel.__name__, self.blocks.key, constants, self.aligned, self.wide
 
 
 class Cost(NamedTuple):
@@ -65,52 +76,92 @@ def _module(name: str) -> Any:
     return importlib.import_module(f"fnac_kernels.backends.triton.{name}")
 
 
-def variants(capability: int, dtype: str) -> Iterator[Variant]:
-    """The kernels that read features of this dtype; with float32 also those that read none."""
-    table = TABLE[capability]
-    wide = dtype == "fp32"
-    precision = {"PRECISION": "tf32x3" if wide else "tf32"}
-    product = {"PRODUCT": tl.bfloat16 if dtype == "bf16" else tl.float32, **precision}
-    logits, pooling = _module("max_logits"), _module("pooling")
-    for name in ("max_logits_float32",) if wide else ("max_logits", "max_logits_small"):
-        for cells in (CELLS, 196):
-            blocks = tuning.fit_max_logits(table[name], cells)
-            yield Variant(f"{name} {cells}", logits.max_logits_kernel, blocks, precision)
-    for layout, stride in (("nchw", NCHW), ("nhwc", CHANNELS_LAST)):
-        whole = tuning.whole_image(CELLS)
-        yield Variant(f"image {layout}", pooling.image_kernel, whole, {**stride, "MAPS": True, "AVG": True})
-        yield Variant(f"map {layout}", pooling.map_kernel, tuning.map_cells(CELLS), stride)
-        yield Variant(f"pool {layout}", pooling.pool_kernel, tuning.pool_channels(CELLS), {**stride, "AVG": True})
-        everything = {"LOGITS": True, "MAPS": True, "AVG": True, "FOREGROUND": True, **product, **stride}
+def variants(capability: int, dtype: str, maps: tuple[int, ...] = CELLS) -> list[Variant]:
+    """The kernels that read features of this dtype, each variant once; with float32 also those that read none.
+
+    What differs between float16 and bfloat16 is an instruction's type: float16 has one map, but for the gradient of the
+    images, which is multiplied in float32.
+    """
+    found: dict[tuple[Any, ...], Variant] = {}
+    for cells in maps:
+        for variant in of_maps(capability, dtype, cells):
+            if dtype != "fp16" or cells == maps[0] or variant.name.startswith("image_gradient"):
+                found.setdefault(variant.key, variant)
+    for variant in of_pairs(capability, dtype):
+        found.setdefault(variant.key, variant)
+    return list(found.values())
+
+
+def _precisions(dtype: str) -> tuple[tuple[str, dict[str, str]], ...]:
+    """How products of this dtype are made, with what tells them apart in a name."""
+    exact, medium = ("", {"PRECISION": "tf32x3"}), (" medium", {"PRECISION": "tf32"})
+    return (exact, medium) if dtype == "fp32" else (("", {"PRECISION": "tf32"}),)
+
+
+def of_maps(capability: int, dtype: str, cells: int) -> Iterator[Variant]:
+    """The kernels whose tiles are fitted to a map, and those that read one."""
+    table, wide = TABLE[capability], cells > 256
+    logits, pooling = _module("max_logits").max_logits_kernel, _module("pooling")
+    gradient, audio = _module("image_gradient").image_gradient_kernel, _module("audio_gradient")
+    product = {"PRODUCT": tl.bfloat16 if dtype == "bf16" else tl.float32}
+    everything = {"LOGITS": True, "MAPS": True, "AVG": True, "FOREGROUND": True, **product}
+    for name in ("max_logits_float32",) if dtype == "fp32" else ("max_logits", "max_logits_small"):
+        blocks = tuning.fit_max_logits(table[name], cells)
+        for how, precision in _precisions(dtype):
+            yield Variant(f"{name} {cells}{how}", logits, blocks, precision, wide=wide)
+    nchw_rows = () if cells % 16 else ("stride_c",)
+    for layout, stride, aligned in (("nchw", NCHW, nchw_rows), ("nhwc", CHANNELS_LAST, ("stride_p",))):
+        where = f"{layout} {cells}"
+        whole = tuning.whole_image(cells)
+        if whole is None:
+            blocks = tuning.pool_channels(cells)
+            yield Variant(f"pool {where}", pooling.pool_kernel, blocks, {**stride, "AVG": True}, aligned)
+        else:
+            constants = {**stride, "MAPS": True, "AVG": True}
+            yield Variant(f"image {where}", pooling.image_kernel, whole, constants, aligned)
+        yield Variant(f"map {where}", pooling.map_kernel, tuning.map_cells(cells), stride, aligned)
         bfloat16 = ("image_gradient", "image_gradient_small")
         for name in bfloat16 if dtype == "bf16" else ("image_gradient_float32",):
-            blocks = tuning.fit_image_gradient(table[name], CELLS)
-            yield Variant(f"{name} {layout}", _module("image_gradient").image_gradient_kernel, blocks, everything)
-    audio = _module("audio_gradient")
-    if dtype == "bf16":
-        blocks = tuning.fit_audio_share(table["audio_share"], CELLS)
-        yield Variant("audio_share", audio.audio_share_kernel, blocks, {"GATHER": False, **product})
+            blocks = tuning.fit_image_gradient(table[name], cells)
+            for how, precision in _precisions(dtype):
+                constants = everything | precision | stride
+                yield Variant(f"{name} {where}{how}", gradient, blocks, constants, aligned, wide)
+        constants = {**stride, "MAPS": True}
+        yield Variant(
+            f"audio_gradient {where}", audio.audio_gradient_kernel, tuning.audio_gradient(), constants, aligned
+        )
+    share = audio.audio_share_kernel
+    if dtype == "bf16" and cells <= audio.GATHER_CELLS:
+        blocks = tuning.fit_audio_share(table["audio_share"], cells)
+        yield Variant(f"audio_share {cells}", share, blocks, {"GATHER": False, **product, "PRECISION": "tf32"})
+    # No products: the precision changes nothing.
     blocks = table["audio_share_gather"]
-    yield Variant("audio_share_gather", audio.audio_share_kernel, blocks, {"GATHER": True, **product})
-    yield Variant(
-        "audio_gradient", audio.audio_gradient_kernel, tuning.audio_gradient(), {**CHANNELS_LAST, "MAPS": True}
-    )
+    constants = {"GATHER": True, **product, "PRECISION": "tf32"}
+    yield Variant(f"audio_share_gather {cells}", share, blocks, constants, wide=wide)
+
+
+def of_pairs(capability: int, dtype: str) -> Iterator[Variant]:
+    """The kernels of the contrastive and adjacency terms, of which none depends on the map."""
+    table, wide = TABLE[capability], dtype == "fp32"
     forward, backward, rows = _module("adjacency"), _module("adjacency_backward"), tuning.adjacency_rows()
-    forward_products = {"PRECISION": "tf32x3"}  # of means, float32 whatever the features are
-    products = {"PARTS": 1 if wide else 2, **precision}
     suffix = "_float32" if wide else ""
     for size in ("", "_small"):
         tile = table[f"adjacency{size}"]
         pair, feature = (table[f"adjacency_{name}{size}{suffix}"] for name in ("weights", "features"))
         # Rows of N values are read 16 bytes at a time where N allows it.
         for ragged, aligned in ((" ragged", ()), ("", ("N",))):
-            where = f"{size}{ragged}"
-            terms, distances = TERMS | forward_products, DISTANCES | forward_products
-            yield Variant(f"statistics{where}", forward.statistics_kernel, tile, terms, aligned)
-            yield Variant(f"distances{where}", forward.distances_kernel, tile, distances, aligned)
-            yield Variant(f"weights{where}", backward.weights_kernel, pair, TERMS | GRADIENTS | products, aligned)
-        constants = {**DISTANCES, **products, "AUD_PARTS": 2 if dtype == "fp16" else 1}
-        yield Variant(f"features{size}", backward.features_kernel, feature, constants)
+            # Forward products are of means, float32 whatever the features are.
+            for how, precision in _precisions("fp32")[: 1 if dtype == "fp16" else 2]:
+                where, distances = f"{size}{ragged}{how}", DISTANCES | precision
+                yield Variant(f"statistics{where}", forward.statistics_kernel, tile, TERMS | precision, aligned)
+                yield Variant(f"distances{where}", forward.distances_kernel, tile, distances, aligned)
+            for how, precision in _precisions(dtype):
+                constants = TERMS | GRADIENTS | {"PARTS": 1 if wide else 2} | precision
+                yield Variant(f"weights{size}{ragged}{how}", backward.weights_kernel, pair, constants, aligned)
+        for how, precision in _precisions(dtype):
+            parts = {"PARTS": 1 if wide else 2, "AUD_PARTS": 2 if dtype == "fp16" else 1}
+            constants = DISTANCES | parts | precision
+            yield Variant(f"features{size}{how}", backward.features_kernel, feature, constants)
     if not wide:
         yield Variant("parts", _module("parts").parts_kernel, tuning.elements(), {})
         return
@@ -122,9 +173,8 @@ def compiled(capability: int, dtype: str, variant: Variant) -> Any:
     """Compile with the divisibility of C = 512 and of allocated tensors."""
     constants = variant.constants | variant.blocks.sizes
     features = f"*{dtype}"
-    pointers = {
-        "img": features, "aud": features, "dimg": features, "daud": features, "argmax": "*u8", "mask": "*i8"
-    }  # fmt: skip
+    pointers = dict.fromkeys(("img", "aud", "dimg", "daud"), features)
+    pointers |= {"argmax": "*u16" if variant.wide else "*u8", "mask": "*i8"}
     if variant.kernel.__name__ == "features_kernel":
         pointers["daud"] = "*fp32"
     if variant.constants.get("PARTS") == 2:

@@ -63,7 +63,7 @@ def max_logits_kernel(
     PRECISION: tl.constexpr, FULL: tl.constexpr, TAIL: tl.constexpr, GROUP: tl.constexpr,
     IMAGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M sounds and IMAGES images, cells in tiles of BLOCK_P (if FULL) and a last one of TAIL."""
+    """One program: BLOCK_M sounds and IMAGES images, cells in tiles of BLOCK_P (if FULL), the last of TAIL (if any)."""
     # Programs that run together share images and at most GROUP blocks of sounds, which stay in the L2 cache.
     program = tl.program_id(0)
     image_blocks = tl.cdiv(N, IMAGES)
@@ -76,14 +76,12 @@ def max_logits_kernel(
     best = tl.full((BLOCK_M, IMAGES), float("-inf"), tl.float32)
     index = tl.zeros((BLOCK_M, IMAGES), tl.int32)
     if FULL:
-        for p0 in range(0, P - P % BLOCK_P, BLOCK_P):
+        for p0 in range(0, P - P % BLOCK_P if TAIL else P, BLOCK_P):
             top, first = tile_maximum(img, aud, n0, m, p0, N, M, C, P, PRECISION, IMAGES, BLOCK_P, BLOCK_M, BLOCK_C)
             best, index = keep_larger(best, index, top, first)
     if TAIL:
-        top, first = tile_maximum(
-            img, aud, n0, m, P - P % BLOCK_P if FULL else 0, N, M, C, P,
-            PRECISION, IMAGES, TAIL, BLOCK_M, BLOCK_C,
-        )  # fmt: skip
+        p0 = P - P % BLOCK_P if FULL else 0
+        top, first = tile_maximum(img, aud, n0, m, p0, N, M, C, P, PRECISION, IMAGES, TAIL, BLOCK_M, BLOCK_C)
         best, index = keep_larger(best, index, top, first)
     n = n0 + tl.arange(0, IMAGES)
     out = n[None, :].to(tl.int64) * M + m[:, None]

@@ -46,54 +46,79 @@ class Blocks:
         return f"Blocks({self.sizes}, {self.num_warps}, {self.num_stages}, {self.max_registers})"
 
 
-# BLOCK_P counts all rows or columns of cells in a tile, of however many images.
+# BLOCK_P counts all rows or columns of cells in a tile, of however many images. A bound on registers is the number of
+# programs that are wanted on a multiprocessor: left to itself ptxas guesses one, and for it spills a few bytes here and
+# there (8 to 16, of 72, 96 or 128 registers), on another chip and with another map each time.
 _HOPPER = {
     # 85 flop for a byte from the L2 cache, which is the limit: tiles of 128 x 128, two programs a multiprocessor, hide
     # one's maxima (a sixth of the products' time) behind the other's products, but have 64. Three stages are 144 KB.
     "max_logits": Blocks({"BLOCK_P": 256, "BLOCK_M": 128, "BLOCK_C": 64, "GROUP": 32}, 8, 3),
-    # Where the size above would leave multiprocessors idle: a quarter of it.
-    "max_logits_small": Blocks({"BLOCK_P": 64, "BLOCK_M": 64, "BLOCK_C": 64, "GROUP": 32}, 4, 3),
+    # Where the size above would leave multiprocessors idle: a quarter of it, three programs or four.
+    "max_logits_small": Blocks({"BLOCK_P": 64, "BLOCK_M": 64, "BLOCK_C": 64, "GROUP": 32}, 4, 3, 168),
     # Three products for one, operands split in registers.
     "max_logits_float32": Blocks({"BLOCK_P": 64, "BLOCK_M": 64, "BLOCK_C": 32, "GROUP": 32}, 4),
     # 64 accumulators a thread. Half as many channels would build the weights twice as often: more ALU than products.
     "image_gradient": Blocks({"BLOCK_P": 128, "BLOCK_M": 64, "BLOCK_C": 128}, 8, 3),
-    "image_gradient_small": Blocks({"BLOCK_P": 64, "BLOCK_M": 64, "BLOCK_C": 64}, 4),
+    # A quarter of it for small batches: four programs a multiprocessor.
+    "image_gradient_small": Blocks({"BLOCK_P": 64, "BLOCK_M": 64, "BLOCK_C": 64}, 4, 2, 128),
+    # Weights are float32: 32 pairs of them are the registers of 64 in bfloat16.
     "image_gradient_float32": Blocks({"BLOCK_P": 64, "BLOCK_M": 32, "BLOCK_C": 64}, 4),
     # 32 cells at a time: with 64 the weights take the registers of the second program.
     "audio_share": Blocks({"BLOCK_P": 32, "BLOCK_M": 128, "BLOCK_C": 128}, 8, 3, 128),
     # Nothing is multiplied on the tensor cores: many small programs hide the gathers' latency.
     "audio_share_gather": Blocks({"BLOCK_P": 16, "BLOCK_M": 32, "BLOCK_C": 128}, 4),
+    # float32 means in three products, whatever the features are. A tile of 64 reads half as much as four of 32; of 128
+    # the softmaxes alone would be 128 registers a thread.
     "adjacency": Blocks({"BLOCK": 64, "BLOCK_C": 32}, 8),
-    # 36 programs at a batch of 256, where tiles of 64 would give 10.
+    # 36 programs at a batch of 256, where tiles of 64 would give 10. With 16 channels a step and three stages 8 KB.
     "adjacency_small": Blocks({"BLOCK": 32, "BLOCK_C": 16}, 4, 3),
-    # Of 16-bit features: parts of 16 bits, whose operands come straight from shared memory.
+    # Of 16-bit features: parts of 16 bits, whose operands come straight from shared memory. Four tiles are alive (A, L,
+    # L transposed, weights): 64 registers a thread; of 128 x 64 they would be 128.
     "adjacency_weights": Blocks({"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_C": 64}, 8, 3),
+    # 128 programs at a batch of 256 (two sides of 64 tiles), where tiles of 64 would give 32.
     "adjacency_weights_small": Blocks({"BLOCK_N": 32, "BLOCK_M": 32, "BLOCK_C": 64}, 4, 3),
     # A sixth of 4096 rows makes 132 programs.
     "adjacency_features": Blocks({"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_C": 128}, 8, 3),
+    # 96 programs at a batch of 256 and 512 channels, where 128 channels would give 48.
     "adjacency_features_small": Blocks({"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_C": 64}, 4, 3),
+    # The same four for float32, in three products: 32 channels or pairs a step, of the same bytes as 64 in 16 bits.
     "adjacency_weights_float32": Blocks({"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_C": 32}, 8),
     "adjacency_weights_small_float32": Blocks({"BLOCK_N": 32, "BLOCK_M": 32, "BLOCK_C": 32}, 4),
     "adjacency_features_float32": Blocks({"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_C": 128}, 8),
     "adjacency_features_small_float32": Blocks({"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_C": 64}, 4),
 }
-# mma.sync keeps both operands in registers: a bound on them makes spills, and tiles of adjacency are the small ones.
+# mma.sync keeps both operands in registers: a bound on them makes spills where two programs are wanted, and tiles of
+# adjacency are the small ones.
 _AMPERE = _HOPPER | {
     # 48 KB in three stages; one program a multiprocessor (255 registers), two would need 128.
     "max_logits": Blocks({"BLOCK_P": 128, "BLOCK_M": 128, "BLOCK_C": 32, "GROUP": 32}, 8, 3),
+    # Hopper's without its bound: 194 registers, 128 would spill.
     "audio_share": Blocks({"BLOCK_P": 32, "BLOCK_M": 128, "BLOCK_C": 128}, 8, 3),
+    # Three programs; tiles of 64 spill.
     **dict.fromkeys(("adjacency", "adjacency_small"), Blocks({"BLOCK": 32, "BLOCK_C": 16}, 4, 2, 168)),
+    # Three programs, where the compiler takes 186 registers, or two, if N is not divisible by 16.
+    "adjacency_weights_small": _HOPPER["adjacency_weights_small"].changed(max_registers=168),
+    # 252 registers; 64 x 64 spill.
     "adjacency_weights_float32": Blocks({"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_C": 32}, 8),
 }
 # 100 KB of shared memory a multiprocessor, of which no line takes more than half; three stages spill here.
 _SMALL = _AMPERE | {
-    "max_logits_small": replace(_HOPPER["max_logits_small"], num_stages=2),
-    "adjacency_features": replace(_HOPPER["adjacency_features_small"], num_stages=2),
-    "adjacency_features_small": replace(_HOPPER["adjacency_features_small"], num_stages=2),
+    # All registers that two programs have, which three products take anyway.
+    "max_logits_float32": _HOPPER["max_logits_float32"].changed(max_registers=255),
+    # 16 KB a program: four fit, of 32 KB three.
+    "max_logits_small": _AMPERE["max_logits_small"].changed(num_stages=2),
+    # 32 KB, three programs; the large tile of a chip with 164 KB takes 96.
+    "adjacency_features": _HOPPER["adjacency_features_small"].changed(num_stages=2),
+    "adjacency_features_small": _HOPPER["adjacency_features_small"].changed(num_stages=2),
 }
 # Accumulators lie in tensor memory and pass through registers for the maximum: smaller tiles.
 _BLACKWELL = _HOPPER | {
-    "max_logits": Blocks({"BLOCK_P": 128, "BLOCK_M": 128, "BLOCK_C": 64, "GROUP": 32}, 8, 3),
+    # Two programs, one of them at its products while the other is at its maxima.
+    "max_logits": Blocks({"BLOCK_P": 128, "BLOCK_M": 128, "BLOCK_C": 64, "GROUP": 32}, 8, 3, 128),
+    # Three or four programs; the compiler on its own spills with one TensorFloat-32 product.
+    "max_logits_float32": _HOPPER["max_logits_float32"].changed(max_registers=168),
+    # Four programs: there it spills too.
+    "adjacency_features_small_float32": _HOPPER["adjacency_features_small_float32"].changed(max_registers=128),
 }
 
 #: By compute capability; 86 stands for the chips with 100 KB of shared memory (8.6, 8.7, 8.9, 12.x).
@@ -126,7 +151,6 @@ def _cells(count: int) -> int:
 
 
 def max_logits(img: Tensor, n: int, m: int, cells: int) -> Blocks:
-    """Tiles of 64 cells and, where they do not divide the map, a last one of 16, 32 or 64."""
     if img.dtype == torch.float32:
         return fit_max_logits(_line(img, "max_logits_float32"), cells)
     blocks = fit_max_logits(_line(img, "max_logits"), cells)
@@ -135,11 +159,21 @@ def max_logits(img: Tensor, n: int, m: int, cells: int) -> Blocks:
 
 
 def fit_max_logits(blocks: Blocks, cells: int) -> Blocks:
-    columns, width = blocks.sizes["BLOCK_P"], _cells(cells)
-    rest = cells % width
-    return blocks.sized(
-        BLOCK_P=width, IMAGES=columns // width, FULL=int(cells >= width), TAIL=_cells(rest) if rest else 0
-    )
+    """A tile for a map of up to 64 cells; of larger ones tiles of 64, and one of 16 or 32 where that holds the rest.
+
+    Of maps of up to 32 cells 4 or 8 images at most: the maxima of more images than that spill on Hopper.
+    """
+    width = _cells(cells)
+    columns = blocks.sizes["BLOCK_P"] if width == 64 else min(blocks.sizes["BLOCK_P"], 128)
+    full = cells > width
+    tail = _cells((cells - 1) % width + 1) if full else width
+    if full and tail == width:
+        tail = 0
+    # Two programs of 8 warps: of a single tile the compiler makes them by itself (and spills when told to), of a loop
+    # of full tiles when told to, of two kinds of tiles not at all.
+    bound = None if blocks.num_warps == 8 and (tail or not full) else blocks.max_registers
+    fitted = blocks.sized(BLOCK_P=width, IMAGES=columns // width, FULL=int(full), TAIL=tail)
+    return fitted.changed(max_registers=bound)
 
 
 def image_gradient(img: Tensor, n: int, cells: int) -> Blocks:
@@ -150,11 +184,13 @@ def image_gradient(img: Tensor, n: int, cells: int) -> Blocks:
 
 
 def fit_image_gradient(blocks: Blocks, cells: int) -> Blocks:
-    """One or two images a program: two where both fit."""
+    """One or two images a program: two where both fit. Of half a tile or less, two programs of 8 warps fit too."""
     rows = blocks.sizes["BLOCK_P"]
     width = min(max(16, power_of_two(cells)), rows)
     images = 2 if 2 * width <= rows else 1
-    return blocks.sized(BLOCK_P=width, IMAGES=images)
+    two_programs = blocks.num_warps == 8 and 2 * images * width <= rows
+    bound = 128 if two_programs else blocks.max_registers
+    return blocks.sized(BLOCK_P=width, IMAGES=images).changed(max_registers=bound)
 
 
 def audio_share(img: Tensor, cells: int, gather: bool) -> Blocks:
