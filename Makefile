@@ -52,7 +52,8 @@ sanitize: install
 	$(BIN)/python -c "import fnac_kernels._C as native; assert native.__file__.startswith('$(SANITIZED)'), native" && \
 	$(BIN)/python -m pytest -q tests/test_backends.py tests/test_cpu_exact.py tests/test_cpu_backend.py -k "not memory"
 
-# Makes data, trains, evaluates and writes runs/demo/report.html, in about 10 minutes on 2 cores.
+# Makes data, trains, evaluates and writes runs/demo/report.html, in about 10 minutes on 2 cores that multiply bfloat16,
+# in more on others.
 demo: install
 	$(BIN)/fnac demo
 
