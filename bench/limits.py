@@ -10,7 +10,7 @@ def seconds(op: Op, case: Case, dtype: str, peaks: dict[str, float]) -> float:
 
     Arithmetic is counted as the best known algorithm needs it: one dense product forward, and a backward that touches
     the winning cell of each pair alone. float32 is judged by multiply-adds in float32; a kernel that gets the same
-    result from bfloat16 products and corrections may pass 1.
+    result from products of 16-bit values and corrections may pass 1.
     """
     flops, elements = work(op, case)
     rate = max(peaks["gemm_float32"], peaks.get("fma", 0.0))
