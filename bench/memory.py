@@ -15,6 +15,7 @@ import torch
 from bench.cases import CASES, OPS
 from bench.rivals import CONTENDERS
 from bench.work import leaves, step
+from fnac_kernels import empty_cache
 
 GIB = 1 << 30
 _STATUS = Path("/proc/self/status")
@@ -100,6 +101,7 @@ def _measured(run: Callable[[], object], device: str) -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    empty_cache()
     ctypes.CDLL(None).malloc_trim(0)  # what the first call freed would otherwise be resident already
     Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is resident now
     before = _status_bytes("VmRSS")

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "cpu/dispatch.h"
+#include "cpu/kept_memory.h"
 #include "cpu/peak.h"
 
 namespace py = pybind11;
@@ -66,6 +67,13 @@ PYBIND11_MODULE(_C, m) {
     m.def("isas", &available_isas);
     m.def("peak_fma", &peak_fma, unlocked);
     m.def("peak_amx", &peak_amx, unlocked);
+    py::class_<KeptMemory>(m, "KeptMemory", py::buffer_protocol())
+        .def(py::init<size_t>())
+        .def_buffer([](KeptMemory& memory) {
+            return py::buffer_info(static_cast<uint8_t*>(memory.data()),
+                                   static_cast<py::ssize_t>(memory.size()));
+        })
+        .def_static("release", &KeptMemory::release);
     m.def("max_logits", &max_logits, unlocked);
     m.def("pool", &pool, unlocked);
     m.def("feature_backward", &feature_backward, unlocked);

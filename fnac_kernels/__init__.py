@@ -2,6 +2,7 @@
 
 from fnac_kernels._dispatch import use_backend
 from fnac_kernels._info import info
+from fnac_kernels._native import empty_cache
 from fnac_kernels.compat import patch_fnac_avl
 from fnac_kernels.functional import (
     adjacency_contrastive,
@@ -21,6 +22,7 @@ __all__ = [
     "FNACOutput",
     "Terms",
     "adjacency_contrastive",
+    "empty_cache",
     "fnac_loss",
     "foreground_pool",
     "info",

@@ -17,7 +17,7 @@ NATIVE = [path for suffix in ("*.h", "*.cpp", "*.cu", "*.cuh") for path in sorte
 
 # What each module of fnac_kernels may import of fnac_kernels.
 ALLOWED = {
-    "__init__": {"_dispatch", "_info", "compat", "functional", "modules", "reference"},
+    "__init__": {"_dispatch", "_info", "_native", "compat", "functional", "modules", "reference"},
     "__main__": {"_info"},
     "compat": {"functional"},
     "modules": {"_validate", "functional", "reference"},

@@ -8,10 +8,21 @@ from torch import Tensor
 from fnac_kernels import _native
 
 _ROW_STATS = 16
+#: Bytes from which a gradient of the image features lies in memory that is kept for the next: smaller ones the C
+#: library keeps anyway.
+_KEPT_FROM = 8 << 20
 
 
 def _floats(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32)
+
+
+def _gradient_of(img: Tensor) -> Tensor:
+    """Room for a gradient of dense ``img``: the last one's, where nobody holds that any more."""
+    if img.nbytes < _KEPT_FROM:
+        return torch.empty_like(img)
+    memory = torch.frombuffer(_native.module().KeptMemory(img.nbytes), dtype=img.dtype)
+    return memory.as_strided(img.shape, img.stride())
 
 
 def max_logits(img: Tensor, aud: Tensor, tau: float) -> tuple[Tensor, Tensor]:
@@ -68,7 +79,7 @@ def feature_backward(
     need_img: bool,
     need_aud: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    dimg = torch.empty_like(img) if need_img else None
+    dimg = _gradient_of(img) if need_img else None
     wide = None if aud is None else aud.float()
     daud = torch.empty_like(wide) if need_aud and wide is not None else None
     sources = (grad_logits, argmax, grad_maps, mask, grad_avg, grad_foreground)

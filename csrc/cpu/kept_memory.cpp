@@ -1,0 +1,126 @@
+#include "cpu/kept_memory.h"
+
+#include <pthread.h>
+#include <sys/mman.h>
+
+#include <array>
+#include <cstdint>
+#include <mutex>
+#include <new>
+#include <utility>
+
+namespace fnac {
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+
+struct Block {
+    void* data = nullptr;
+    size_t bytes = 0;
+};
+
+// Whole huge pages. A block that is kept is worth them: a channel's slice of all images touches every small
+// page.
+Block map(size_t bytes) {
+    const size_t size = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    void* const mapped =
+        mmap(nullptr, size + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapped == MAP_FAILED) throw std::bad_alloc();
+    const auto start = reinterpret_cast<uintptr_t>(mapped);
+    const auto aligned = (start + kHugePage - 1) / kHugePage * kHugePage;
+    const Block block{reinterpret_cast<void*>(aligned), size};
+    if (aligned > start) munmap(mapped, aligned - start);
+    munmap(static_cast<char*>(block.data) + size, start + kHugePage - aligned);
+#ifdef MADV_HUGEPAGE
+    if (size <= KeptMemory::kMost) madvise(block.data, size, MADV_HUGEPAGE);
+#endif
+    return block;
+}
+
+void unmap(const Block& block) {
+    if (block.data != nullptr) munmap(block.data, block.bytes);
+}
+
+// The free blocks, in no order.
+class Pool {
+  public:
+    // A block of `bytes` or up to a quarter more; empty where there is none.
+    Block take(size_t bytes) {
+        const std::lock_guard lock(mutex_);
+        Block* best = nullptr;
+        for (Block& block : blocks_)
+            if (block.data != nullptr && block.bytes >= bytes && block.bytes - bytes <= bytes / 4 &&
+                (best == nullptr || block.bytes < best->bytes))
+                best = &block;
+        if (best == nullptr) return {};
+        kept_ -= best->bytes;
+        return std::exchange(*best, {});
+    }
+
+    // Whether there was room for it.
+    bool keep(const Block& block) {
+        const std::lock_guard lock(mutex_);
+        if (block.bytes > KeptMemory::kMost - kept_) return false;
+        for (Block& place : blocks_)
+            if (place.data == nullptr) {
+                place = block;
+                kept_ += block.bytes;
+                return true;
+            }
+        return false;
+    }
+
+    void clear() {
+        std::array<Block, kBlocks> freed{};
+        {
+            const std::lock_guard lock(mutex_);
+            freed.swap(blocks_);
+            kept_ = 0;
+        }
+        for (const Block& block : freed) unmap(block);
+    }
+
+    std::mutex& mutex() { return mutex_; }
+
+  private:
+    static constexpr size_t kBlocks = 8;
+
+    std::mutex mutex_;
+    std::array<Block, kBlocks> blocks_{};
+    size_t kept_ = 0;
+};
+
+// Never destroyed, because tensors may outlive static objects. A forked child gives its copies of the pages
+// up: the parent, which goes on writing to them, would have to copy each.
+Pool& pool() {
+    static Pool* const one = [] {
+        pthread_atfork([] { pool().mutex().lock(); }, [] { pool().mutex().unlock(); },
+                       [] {
+                           pool().mutex().unlock();
+                           KeptMemory::release();
+                       });
+        return new Pool;
+    }();
+    return *one;
+}
+
+}  // namespace
+
+KeptMemory::KeptMemory(size_t bytes) : size_(bytes) {
+    Block block = pool().take(bytes);
+    if (block.data == nullptr) {
+        pool().clear();
+        block = map(bytes);
+    }
+    data_ = block.data;
+    capacity_ = block.bytes;
+}
+
+KeptMemory::~KeptMemory() {
+    const Block block{data_, capacity_};
+    if (!pool().keep(block)) unmap(block);
+}
+
+void KeptMemory::release() { pool().clear(); }
+
+}  // namespace fnac

@@ -1,0 +1,36 @@
+// Memory for large results: what one frees is kept for the next.
+//
+// The C library gives blocks of more than 32 MB back to the system as soon as they are freed, and filling
+// fresh pages again costs as much as a fifth of the whole loss (csrc/README.md). A training step frees its
+// gradient of the image features and the next step wants one of the same size.
+#pragma once
+
+#include <cstddef>
+
+namespace fnac {
+
+// A block of memory, of whole huge pages, left for the next one on destruction. A block that none of those
+// kept fits frees them all before it is allocated: keeping never adds to what a process needs at most. Throws
+// std::bad_alloc.
+class KeptMemory {
+  public:
+    static constexpr size_t kMost = size_t{512} << 20;  // bytes kept altogether; what is beyond is freed
+
+    explicit KeptMemory(size_t bytes);
+    ~KeptMemory();
+    KeptMemory(const KeptMemory&) = delete;
+    KeptMemory& operator=(const KeptMemory&) = delete;
+
+    void* data() const { return data_; }
+    size_t size() const { return size_; }
+
+    // Gives back to the system all that no one uses.
+    static void release();
+
+  private:
+    void* data_;
+    size_t size_;      // what was asked for
+    size_t capacity_;  // what there is
+};
+
+}  // namespace fnac

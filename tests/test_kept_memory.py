@@ -1,0 +1,203 @@
+"""Gradients of image features lie in memory that is kept: reused when free and not before, bounded."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import fnac_kernels as fk
+from fnac_kernels import _dispatch, _native
+
+pytestmark = pytest.mark.skipif(_dispatch.BACKENDS["cpu"].problem is not None, reason="the cpu backend is not built")
+
+MIB = 1 << 20
+SHAPE = (64, 1024, 6, 6)  # 9 MiB in float32, as much as is kept
+
+
+@pytest.fixture(autouse=True)
+def _emptied():
+    fk.empty_cache()
+    yield
+    fk.empty_cache()
+
+
+def features(shape=SHAPE, dtype=torch.float32, layout=torch.contiguous_format) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    img, aud = torch.randn(*shape, generator=generator), torch.randn(shape[0], shape[1], generator=generator)
+    return img.to(dtype).contiguous(memory_format=layout).requires_grad_(), aud.to(dtype)
+
+
+def gradient(img: Tensor, aud: Tensor) -> Tensor:
+    return torch.autograd.grad(fk.max_logits(img, aud, backend="cpu").sum(), img)[0]
+
+
+def megabytes(field: str) -> float:
+    return int(re.search(rf"^{field}:\s*(\d+)", Path("/proc/self/status").read_text(), re.M)[1]) / 1024
+
+
+def test_a_freed_gradient_leaves_its_memory_to_the_next_and_a_held_one_does_not():
+    img, aud = features()
+    first = gradient(img, aud)
+    address, kept = first.data_ptr(), first.clone()
+    second = gradient(img, aud)
+    assert second.data_ptr() != address
+    assert torch.equal(first, kept)
+    view = first[3:]
+    del first
+    assert gradient(img, aud).data_ptr() != address, "a view still holds it"
+    del view
+    others = [gradient(img, aud) for _ in range(2)]
+    assert address in [other.data_ptr() for other in others]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nothing_of_what_the_memory_held_shows(dtype, layout):
+    img, aud = features((128, 1024, 6, 6), dtype, layout)
+    maps = torch.rand(128, 6, 6)
+    operations = {
+        "loss": lambda: fk.fnac_loss(img, aud, backend="cpu").loss,
+        "max_logits": lambda: fk.max_logits(img, aud, backend="cpu").sum(),
+        "paired_maps": lambda: fk.paired_maps(img, aud, backend="cpu").sum(),
+        "foreground_pool": lambda: fk.foreground_pool(img, maps, backend="cpu").sum(),
+    }
+    for name, operation in operations.items():
+        (clean,) = torch.autograd.grad(operation(), img)
+        address, expected = clean.data_ptr(), clean.clone()
+        clean.fill_(float("nan"))
+        del clean
+        (again,) = torch.autograd.grad(operation(), img)
+        assert again.data_ptr() == address, name
+        assert torch.equal(again, expected), name
+        assert (again.dtype, again.stride()) == (img.dtype, img.stride())
+
+
+def test_a_leaf_takes_the_gradient_without_copying_it_and_adds_the_next_to_it():
+    img, aud = features()
+    address = gradient(img, aud).data_ptr()
+    loss = fk.max_logits(img, aud, backend="cpu").sum()
+    loss.backward(retain_graph=True)
+    assert img.grad.data_ptr() == address
+    once = img.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(img.grad, 2 * once)
+
+
+def test_small_gradients_are_left_to_the_c_library():
+    img, aud = features((4, 16, 7, 7))
+    assert gradient(img, aud).untyped_storage().nbytes() == img.nbytes
+    before = megabytes("VmSize")
+    fk.empty_cache()
+    assert megabytes("VmSize") == before
+
+
+def test_empty_cache_gives_back_what_nobody_holds():
+    img, aud = features((64, 1024, 16, 16))  # 64 MiB
+    held, freed = gradient(img, aud), gradient(img, aud)
+    del freed
+    before = megabytes("VmRSS")
+    fk.empty_cache()
+    assert 60 < before - megabytes("VmRSS") < 70
+    kept = held.clone()
+    gradient(img, aud)
+    assert torch.equal(held, kept)
+
+
+def test_a_gradient_of_another_size_takes_what_is_a_little_larger_and_otherwise_frees_it_first():
+    memory = _native.module().KeptMemory
+    before = megabytes("VmSize")
+
+    def grown() -> float:
+        return megabytes("VmSize") - before
+
+    def address(block) -> int:
+        return torch.frombuffer(block, dtype=torch.uint8).data_ptr()
+
+    block = memory(100 * MIB)
+    first = address(block)
+    del block
+    block = memory(90 * MIB)
+    assert address(block) == first
+    assert memoryview(block).nbytes == 90 * MIB
+    del block
+    block = memory(100 * MIB)
+    assert address(block) == first
+    del block
+    for size in (60, 110):  # wastes too much; does not fit
+        other = memory(size * MIB)
+        assert size <= grown() < size + 4
+        del other
+        assert size <= grown() < size + 4
+    fk.empty_cache()
+    assert abs(grown()) < 4
+
+
+def test_no_more_is_kept_than_512_mib_and_8_blocks():
+    memory = _native.module().KeptMemory
+    before = megabytes("VmSize")
+    many = [memory(10 * MIB) for _ in range(20)]
+    del many
+    assert 80 <= megabytes("VmSize") - before < 84
+    fk.empty_cache()
+    large = [memory(300 * MIB) for _ in range(2)]
+    del large
+    assert 300 <= megabytes("VmSize") - before < 304
+    fk.empty_cache()
+    huge = memory(513 * MIB)
+    del huge
+    assert megabytes("VmSize") - before < 4
+
+
+def test_what_cannot_be_had_is_a_memory_error():
+    with pytest.raises(MemoryError):
+        _native.module().KeptMemory(1 << 60)
+
+
+def test_several_threads_share_what_is_kept():
+    img, aud = features()
+    expected = gradient(img, aud).clone()
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(lambda _: gradient(img, aud).clone(), range(16)):
+            assert torch.equal(got, expected)
+
+
+def test_a_forked_child_gives_its_copy_up_and_the_parent_keeps_its_own():
+    img, aud = features((64, 1024, 16, 16))
+    first = gradient(img, aud)
+    address = first.data_ptr()
+    del first
+    before = megabytes("VmSize")
+
+    def child() -> None:
+        given_up = before - megabytes("VmSize")
+        again = _native.module().KeptMemory(64 * MIB)  # autograd itself does not survive a fork
+        os._exit(0 if given_up > 60 and memoryview(again).nbytes == 64 * MIB else 1)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(60)
+    if process.is_alive():
+        process.kill()
+    assert process.exitcode == 0
+    assert gradient(img, aud).data_ptr() == address
+
+
+def test_a_tensor_that_outlives_the_interpreter_does_no_harm():
+    code = """
+import torch, fnac_kernels as fk
+img, aud = torch.randn(64, 1024, 6, 6).requires_grad_(), torch.randn(64, 1024)
+fk.max_logits(img, aud, backend="cpu").sum().backward()
+import builtins
+builtins.kept = img
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
