@@ -38,6 +38,8 @@ def tensor(x: Tensor, name: str, dims: int, shape: str) -> None:
         raise TypeError(f"{name} is a {type(x).__name__}; it should be a torch.Tensor of shape {shape}")
     if x.dim() != dims:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; it should be {shape}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} is a tensor of layout {x.layout}; it should be dense, as its to_dense() is")
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} is {x.dtype}; it should be float32, bfloat16, float16 or float64")
     if x.numel() == 0:

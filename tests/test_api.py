@@ -40,6 +40,7 @@ SQUARE = torch.randn(4, 4)
 FEATURE_ERRORS = [
     (("text", AUD), TypeError, r"img is a str; it should be a torch\.Tensor of shape \(N, C, H, W\)"),
     ((IMG, None), TypeError, r"aud is a NoneType"),
+    ((IMG, AUD.to_sparse()), TypeError, r"aud is a tensor of layout torch\.sparse_coo; it should be dense"),
     ((IMG[0], AUD), ValueError, r"img has shape \(8, 3, 3\); it should be \(N, C, H, W\)"),
     ((IMG, AUD[:, :, None]), ValueError, r"aud has shape \(4, 8, 1\); it should be \(M, C\)"),
     ((IMG.long(), AUD), TypeError, r"img is torch\.int64; it should be float32, bfloat16, float16 or float64"),
