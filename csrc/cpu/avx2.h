@@ -42,12 +42,19 @@ struct Avx2 {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
     }
     // The first n elements (all where n >= kLanes), 0 beyond.
+    static F load_n(const float* p, int64_t n) {
+        return n >= kLanes ? load(p) : _mm256_maskload_ps(p, first(n));
+    }
     template <class T>
     static F load_n(const T* p, int64_t n) {
         if (n >= kLanes) return load(p);
         T part[kLanes] = {};
         std::memcpy(part, p, sizeof(T) * n);
         return load(part);
+    }
+    static void store_n(float* p, F x, int64_t n) {
+        if (n >= kLanes) return store(p, x);
+        _mm256_maskstore_ps(p, first(n), x);
     }
     template <class T>
     static void store_n(T* p, F x, int64_t n) {
@@ -133,6 +140,13 @@ struct Avx2 {
     static F to_int16(F low, F high) {
         const __m256i packed = _mm256_packs_epi32(_mm256_cvtps_epi32(low), _mm256_cvtps_epi32(high));
         return _mm256_castsi256_ps(_mm256_permute4x64_epi64(packed, 0xd8));
+    }
+
+  private:
+    // A mask of the first n < kLanes lanes.
+    static __m256i first(int64_t n) {
+        static constexpr int32_t kMasks[2 * kLanes] = {-1, -1, -1, -1, -1, -1, -1, -1};
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMasks + kLanes - n));
     }
 };
 
