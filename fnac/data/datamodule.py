@@ -155,8 +155,14 @@ class ClipData(LightningDataModule):
         return self._evaluation_loader(self.test_set)
 
     def _evaluation_loader(self, dataset: ClipDataset) -> DataLoader:
+        world = self._world()
+        if len(dataset) < world["num_replicas"]:
+            raise ValueError(
+                "trainer.devices x trainer.num_nodes must be at most the number of clips to evaluate, so that each "
+                f"process has one: got {world['num_replicas']} processes for {len(dataset)} clip(s)"
+            )
         # Shards without the repeats that would make them equal: a score over repeats is another score.
-        sampler = UnrepeatedDistributedSampler(dataset, shuffle=False, **self._world())
+        sampler = UnrepeatedDistributedSampler(dataset, shuffle=False, **world)
         return DataLoader(dataset, sampler=sampler, **self._loading())
 
     def _world(self) -> dict[str, int]:

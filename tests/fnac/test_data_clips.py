@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -201,6 +202,15 @@ def test_evaluation_sees_each_clip_once_and_no_validation_is_none(root):
         ["val_000004"],
     ]
     assert ClipData(train=generated_split(root, "train"), **SMALL).val_dataloader() == []
+
+
+def test_evaluation_needs_a_clip_for_each_process(root):
+    data = ClipData(str(root), batch_size=2, **SMALL)
+    data.trainer = SimpleNamespace(world_size=5, global_rank=4)
+    assert [batch["name"] for batch in data.val_dataloader()] == [["val_000004"]]
+    data.trainer.world_size = 6
+    with pytest.raises(ValueError, match=r"trainer\.devices .* got 6 processes for 5 clip"):
+        data.val_dataloader()
 
 
 def test_single_object_loaders_hold_a_tenth_out(root):
