@@ -38,9 +38,11 @@ class BackwardSlice {
     // together would wait for each other.
     void run(int64_t begin, int64_t end, int64_t images) const {
         const int64_t groups = ceil_div(end - begin, images), start = first_ / kSlice * 5 % 8 * groups / 8;
+        const auto image = [&](int64_t i) { return begin + (start + i) % groups * images; };
         for (int64_t i = 0; i < groups; ++i) {
-            const int64_t n = begin + (start + i) % groups * images;
-            group(n, smaller(images, end - n));
+            const int64_t n = image(i), next = image(i + 1);
+            group(n, smaller(images, end - n),
+                  {*this, next, i + 1 < groups ? smaller(images, end - next) : 0});
         }
         if (job_.daud != nullptr) store_audio();
     }
@@ -72,7 +74,38 @@ class BackwardSlice {
         return V::load_n(row + first_ + v * V::kLanes, width_ - v * V::kLanes);
     }
 
-    void group(int64_t n0, int64_t count) const {
+    // This slice of the next group's features and gradients, fetched line by line while this group's are
+    // summed up: from image to image it is pages apart, so no hardware sees it ahead.
+    class Ahead {
+      public:
+        Ahead(const BackwardSlice& slice, int64_t n, int64_t count)
+            : features_(slice.job_.daud == nullptr ? nullptr : static_cast<const T*>(slice.job_.img.data)),
+              grads_(static_cast<T*>(slice.job_.dimg)) {
+            const FeatureMap& img = slice.job_.img;
+            const bool nchw = img.stride_p == 1;  // then an image's slice is one run, else one for each cell
+            lines_ = ceil_div((nchw ? img.p : 1) * slice.width_, kLine);
+            step_ = nchw ? img.image_size() : img.stride_p;
+            run_ = n * img.image_size() + slice.first_ * img.stride_c;
+            left_ = grads_ == nullptr ? 0 : count * (nchw ? 1 : img.p) * lines_;
+        }
+        int64_t left() const { return left_; }
+        void fetch(int64_t lines) {
+            for (lines = smaller(lines, left_), left_ -= lines; lines > 0; --lines) {
+                const int64_t at = run_ + line_ * kLine;
+                if (features_ != nullptr) __builtin_prefetch(features_ + at, 0, 2);
+                __builtin_prefetch(grads_ + at, 1, 2);
+                if (++line_ == lines_) line_ = 0, run_ += step_;
+            }
+        }
+
+      private:
+        static constexpr int64_t kLine = 64 / sizeof(T);
+        const T* features_;
+        T* grads_;
+        int64_t lines_, step_, run_, left_, line_ = 0;
+    };
+
+    void group(int64_t n0, int64_t count, Ahead ahead) const {
         for (int64_t i = 0; i < count; ++i) {
             if (job_.daud != nullptr) load_features(n0 + i, features_ + i * cells_);
             start_gradient(n0 + i, grads_ + i * cells_);
@@ -80,11 +113,11 @@ class BackwardSlice {
         }
         if (job_.grad_logits != nullptr) {
             if (job_.daud != nullptr && job_.dimg != nullptr)
-                add_logits<true, true>(n0, count);
+                add_logits<true, true>(n0, count, ahead);
             else if (job_.daud != nullptr)
-                add_logits<false, true>(n0, count);
+                add_logits<false, true>(n0, count, ahead);
             else
-                add_logits<true, false>(n0, count);
+                add_logits<true, false>(n0, count, ahead);
         }
         if (job_.dimg != nullptr)
             for (int64_t i = 0; i < count; ++i) store_gradient(n0 + i, grads_ + i * cells_);
@@ -134,13 +167,15 @@ class BackwardSlice {
     // What the loops read is copied to locals: a vector store may alias any member, which would be read
     // again.
     template <bool kImg, bool kAud>
-    void add_logits(int64_t n0, int64_t count) const {
+    void add_logits(int64_t n0, int64_t count, Ahead ahead) const {
         const int64_t audios = job_.m, cells = cells_;
         const float *const features = features_, *const aud = aud_;
         float *const grads = grads_, *const daud = daud_;
         const float* const weights = job_.grad_logits + n0 * audios;
         const uint16_t* const argmax = job_.argmax + n0 * audios;
+        const int64_t lines = ceil_div(ahead.left(), audios);
         for (int64_t m = 0; m < audios; ++m) {
+            ahead.fetch(lines);
             F a[kVectors], da[kVectors];
             for (int v = 0; v < kVectors; ++v) {
                 a[v] = V::load(aud + m * kSlice + v * V::kLanes);
