@@ -53,7 +53,7 @@ sanitize: install
 	$(BIN)/python -m pytest -q tests/test_backends.py tests/test_cpu_exact.py tests/test_cpu_backend.py -k "not memory"
 
 # Makes data, trains, evaluates and writes runs/demo/report.html, in about 10 minutes on 2 cores that multiply bfloat16,
-# in more on others.
+# in about 40 on others.
 demo: install
 	$(BIN)/fnac demo
 

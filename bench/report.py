@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from bench import plots
 from bench.cases import CASES, OPS, Case
@@ -54,8 +55,8 @@ def section(machines: Mapping[str, Sequence[Run]]) -> str:
     newest = sorted(machines, key=lambda name: max(run.machine["date"] for run in machines[name]), reverse=True)
     parts = [_machine(name, machines[name]) for name in newest]
     for at, name in list(enumerate(newest))[1:]:
-        device = machines[name][0].machine["device"]
-        parts[at] = f"<details><summary>Measured before: {device}</summary>\n\n{parts[at]}\n\n</details>"
+        title = _title(machines[name][0].machine)
+        parts[at] = f"<details><summary>Measured before: {title}</summary>\n\n{parts[at]}\n\n</details>"
     return "\n\n".join(parts)
 
 
@@ -76,6 +77,11 @@ def _place(row: Row) -> tuple[int, int]:
     return ops.index(row.op) if row.op in ops else len(ops), ("float32", "bfloat16", "float16").index(row.dtype)
 
 
+def _title(machine: Mapping[str, Any]) -> str:
+    where = f"{machine['threads']} threads, {machine['instruction_set']}" if machine["kind"] == "cpu" else "one device"
+    return f"{machine['device']} ({where})"
+
+
 def _facts(runs: Sequence[Run]) -> str:
     machine = runs[0].machine
     peaks = next((run.peaks for run in runs if run.peaks), {})
@@ -87,11 +93,10 @@ def _facts(runs: Sequence[Run]) -> str:
         "copy": "memory copy {:,.0f} GB/s",
     }
     limits = ", ".join(text.format(peaks[key] / 1e9) for key, text in names.items() if key in peaks)
-    where = f"{machine['threads']} threads, {machine['instruction_set']}" if machine["kind"] == "cpu" else "one device"
     commits = ", ".join(dict.fromkeys(run.machine["commit"] for run in runs))
     memory = next((run.settings["memory_limit"] for run in runs if "memory_limit" in run.settings), None)
     return (
-        f"### {machine['device']} ({where})\n\n"
+        f"### {_title(machine)}\n\n"
         f"torch {machine['versions']['torch']}, {machine['date']}, commit {commits}. Measured limits: {limits}. "
         f"Milliseconds are medians of interleaved runs; in brackets how many times faster than {BASELINE}. "
         f"*Of limit*: the share of the machine's limit that our kernel reaches. *Peak*: memory beyond the inputs, "

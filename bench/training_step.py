@@ -22,11 +22,12 @@ from bench.results import MEMORY_KEPT, Row, Run
 from bench.timer import interleave
 from fnac.memory import keep_freed_memory
 from fnac.model import AudioVisualModel
+from fnac.training import fast_precision
 from fnac_kernels import reference
 
 #: The encoders alone, with a gradient of ones: what the loss cannot change.
 WITHOUT_LOSS = "no loss"
-#: bfloat16 autocast, channels_last and one pass of Adam, as ``fnac fit`` trains by default.
+#: As ``fnac fit`` trains by default: channels_last, one pass of Adam, bfloat16 autocast where the machine has it.
 DEFAULTS = "fnac's defaults"
 
 
@@ -39,7 +40,8 @@ def training_step(
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         batch = (batch[0].contiguous(memory_format=torch.channels_last), *batch[1:])
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=defaults)
-    autocast = torch.autocast(batch[0].device.type, torch.bfloat16, enabled=defaults)
+    rounded = defaults and fast_precision() == "bf16-mixed"
+    autocast = torch.autocast(batch[0].device.type, torch.bfloat16, enabled=rounded)
 
     def run() -> Tensor:
         optimizer.zero_grad()

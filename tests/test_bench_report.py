@@ -65,6 +65,7 @@ def test_the_machine_measured_last_comes_first_and_the_others_are_folded():
     older = dataclasses.replace(RUN, machine={**RUN.machine, "device": "an older one", "date": "2025-01-01"})
     made = report.section({"a": [older], "b": [RUN]})
     assert made.index("### a processor") < made.index("<details>") < made.index("### an older one")
+    assert "Measured before: an older one (2 threads, avx2)" in made
 
 
 def test_a_readme_without_markers_is_refused():
