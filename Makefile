@@ -50,7 +50,8 @@ sanitize: install
 	export PYTHONSAFEPATH=1 PYTHONPATH=$(SANITIZED)/package ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" && \
 	$(BIN)/python -c "import fnac_kernels._C as native; assert native.__file__.startswith('$(SANITIZED)'), native" && \
-	$(BIN)/python -m pytest -q tests/test_backends.py tests/test_cpu_exact.py tests/test_cpu_backend.py -k "not memory"
+	$(BIN)/python -m pytest -q tests/test_backends.py tests/test_cpu_exact.py tests/test_cpu_backend.py \
+		tests/test_kept_memory.py
 
 # Makes data, trains, evaluates and writes runs/demo/report.html, in about 10 minutes on 2 cores that multiply bfloat16,
 # in about 40 on others.
