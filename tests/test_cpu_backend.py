@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import holds_in_a_forked_child
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -92,17 +92,7 @@ def test_several_python_threads_may_call_at_once():
 def test_a_forked_child_computes_too():
     img, aud = features()
     expected = fk.max_logits(img, aud, backend="cpu")
-
-    def child() -> None:
-        same = torch.equal(fk.max_logits(img, aud, backend="cpu"), expected)
-        os._exit(0 if same else 1)
-
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    process.join(60)
-    if process.is_alive():
-        process.kill()
-    assert process.exitcode == 0
+    assert holds_in_a_forked_child(lambda: torch.equal(fk.max_logits(img, aud, backend="cpu"), expected))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

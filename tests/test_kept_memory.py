@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import re
 import subprocess
 import sys
@@ -12,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import holds_in_a_forked_child
 from torch import Tensor
 
 import fnac_kernels as fk
@@ -177,17 +176,12 @@ def test_a_forked_child_gives_its_copy_up_and_the_parent_keeps_its_own():
     del first
     before = megabytes("VmSize")
 
-    def child() -> None:
+    def gives_up() -> bool:
         given_up = before - megabytes("VmSize")
         again = _native.module().KeptMemory(64 * MIB)  # autograd itself does not survive a fork
-        os._exit(0 if given_up > 60 and memoryview(again).nbytes == 64 * MIB else 1)
+        return given_up > 60 and memoryview(again).nbytes == 64 * MIB
 
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    process.join(60)
-    if process.is_alive():
-        process.kill()
-    assert process.exitcode == 0
+    assert holds_in_a_forked_child(gives_up)
     assert gradient(img, aud).data_ptr() == address
 
 
