@@ -10,7 +10,7 @@
 namespace fnac {
 
 // A block of memory, of whole huge pages, left for the next one on destruction. A block that none of those
-// kept fits frees them all before it is allocated: keeping never adds to what a process needs at most. Throws
+// kept fits frees them all before it is allocated: blocks of other sizes do not add up. Throws
 // std::bad_alloc.
 class KeptMemory {
   public:
