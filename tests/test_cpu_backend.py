@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from forks import holds_in_a_forked_child
+from samples import OPS, Sample
+from tolerance import assert_as_good_as_torch, run
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -45,8 +47,26 @@ def test_every_instruction_set_passes_the_table(isa):
     if isa == fk.info()["cpu"]["instruction_set"]:
         pytest.skip("this one is what test_backends.py runs on")
     table = Path(__file__).with_name("test_backends.py")
-    done = run_pinned(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(table), "-k", "cpu")
+    large = f"{__file__}::{test_a_batch_of_many_panels_is_as_good_as_torch.__name__}"
+    done = run_pinned(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(table), large, "-k", "cpu")
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+#: Rows of several strips and columns of many panels, whatever the width of a panel, and a rest.
+LARGE = Sample(421, 421, 24, 2, 2)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+@pytest.mark.parametrize("op", [op for op in OPS if op.name.startswith(("adjacency", "fnac_loss"))], ids=str)
+def test_a_batch_of_many_panels_is_as_good_as_torch(op, threads):
+    exact, by_torch = run(op, LARGE, "reference", dtype=torch.float64), run(op, LARGE, "reference")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        got = run(op, LARGE, "cpu")
+    finally:
+        torch.set_num_threads(before)
+    assert_as_good_as_torch(got, by_torch, exact, LARGE.dtype)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -140,6 +140,24 @@ def test_a_gradient_of_another_size_takes_what_is_a_little_larger_and_otherwise_
     assert abs(grown()) < 4
 
 
+def test_large_scratch_borrows_any_block_that_is_large_enough_and_leaves_it_as_it_was():
+    memory = _native.module().KeptMemory
+    n = 1200  # half of three matrices of n x n in float32: 9 MB
+    inputs = torch.randn(n, n), torch.randn(n, 16), torch.randn(n, 16), torch.randn(n, 16)
+    fk.adjacency_contrastive(*inputs, backend="cpu")
+    fk.empty_cache()
+    before = megabytes("VmSize")
+    fk.adjacency_contrastive(*inputs, backend="cpu")
+    assert 8 < megabytes("VmSize") - before < 12, "kept for the next"
+    block = memory(64 * MIB)
+    address = torch.frombuffer(block, dtype=torch.uint8).data_ptr()
+    assert 64 <= megabytes("VmSize") - before < 68, "a larger result frees it"
+    del block
+    fk.adjacency_contrastive(*inputs, backend="cpu")
+    assert 64 <= megabytes("VmSize") - before < 68
+    assert torch.frombuffer(memory(64 * MIB), dtype=torch.uint8).data_ptr() == address
+
+
 def test_no_more_is_kept_than_512_mib_and_8_blocks():
     memory = _native.module().KeptMemory
     before = megabytes("VmSize")

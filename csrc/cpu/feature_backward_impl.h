@@ -201,28 +201,13 @@ class BackwardSlice {
         const FeatureMap& img = job_.img;
         T* to = static_cast<T*>(job_.dimg) + n * img.image_size();
         if (img.stride_p == 1) {
-            store_nchw(d, to + first_ * img.stride_c);
+            transpose_exact<V>(d, kSlice, img.p, width_, to + first_ * img.p, img.p);
         } else {
             for (int64_t p = 0; p < img.p; ++p)
                 for (int v = 0; v < kVectors; ++v)
                     if (v * V::kLanes < width_)
                         V::store_n(to + p * img.stride_p + first_ + v * V::kLanes,
                                    V::load(d + p * kSlice + v * V::kLanes), width_ - v * V::kLanes);
-        }
-    }
-
-    void store_nchw(const float* d, T* to) const {
-        const int64_t p = job_.img.p;
-        for (int64_t j = 0; j < width_; j += V::kLanes) {
-            for (int64_t i = 0; i < p; i += V::kLanes) {
-                const int64_t cells = smaller(V::kLanes, p - i);
-                F x[V::kLanes];
-                for (int64_t k = 0; k < V::kLanes; ++k)
-                    x[k] = k < cells ? V::load(d + (i + k) * kSlice + j) : V::set(0.f);
-                V::transpose(x);
-                const int64_t rows = smaller(V::kLanes, width_ - j);
-                for (int64_t k = 0; k < rows; ++k) V::store_n(to + (j + k) * p + i, x[k], cells);
-            }
         }
     }
 

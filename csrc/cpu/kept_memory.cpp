@@ -44,12 +44,12 @@ void unmap(const Block& block) {
 // The free blocks, in no order.
 class Pool {
   public:
-    // A block of `bytes` or up to a quarter more; empty where there is none.
-    Block take(size_t bytes) {
+    // The smallest block of `bytes` to `most`; empty where there is none.
+    Block take(size_t bytes, size_t most) {
         const std::lock_guard lock(mutex_);
         Block* best = nullptr;
         for (Block& block : blocks_)
-            if (block.data != nullptr && block.bytes >= bytes && block.bytes - bytes <= bytes / 4 &&
+            if (block.data != nullptr && block.bytes >= bytes && block.bytes <= most &&
                 (best == nullptr || block.bytes < best->bytes))
                 best = &block;
         if (best == nullptr) return {};
@@ -106,8 +106,8 @@ Pool& pool() {
 
 }  // namespace
 
-KeptMemory::KeptMemory(size_t bytes) : size_(bytes) {
-    Block block = pool().take(bytes);
+KeptMemory::KeptMemory(size_t bytes, Use use) : size_(bytes) {
+    Block block = pool().take(bytes, use == Use::kScratch ? kMost : bytes + bytes / 4);
     if (block.data == nullptr) {
         pool().clear();
         block = map(bytes);

@@ -15,8 +15,10 @@ namespace fnac {
 class KeptMemory {
   public:
     static constexpr size_t kMost = size_t{512} << 20;  // bytes kept altogether; what is beyond is freed
+    // What is soon given back may lie in a block of any larger size, a result in one of up to a quarter more.
+    enum class Use { kResult, kScratch };
 
-    explicit KeptMemory(size_t bytes);
+    explicit KeptMemory(size_t bytes, Use use = Use::kResult);
     ~KeptMemory();
     KeptMemory(const KeptMemory&) = delete;
     KeptMemory& operator=(const KeptMemory&) = delete;

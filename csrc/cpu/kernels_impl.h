@@ -29,7 +29,10 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 #include "cpu/max_logits_impl.h"
 #include "cpu/pool_impl.h"
 #include "cpu/feature_backward_impl.h"
+#include "cpu/softmax_impl.h"
+#include "cpu/triangle_impl.h"
 #include "cpu/adjacency_impl.h"
+#include "cpu/adjacency_backward_impl.h"
 // clang-format on
 
 namespace fnac {

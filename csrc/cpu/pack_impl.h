@@ -25,6 +25,24 @@ void transpose(const From* from, int64_t from_stride, int64_t rows, int64_t cols
     }
 }
 
+// The same, and nothing else is overwritten; rows of `to` are finished one group after the other, as suits a
+// result that leaves the caches.
+template <class V, class To>
+void transpose_exact(const float* from, int64_t from_stride, int64_t rows, int64_t cols, To* to,
+                     int64_t to_stride) {
+    for (int64_t c = 0; c < cols; c += V::kLanes) {
+        const int64_t width = smaller(V::kLanes, cols - c);
+        for (int64_t r = 0; r < rows; r += V::kLanes) {
+            const int64_t height = smaller(V::kLanes, rows - r);
+            typename V::F x[V::kLanes];
+            for (int64_t i = 0; i < V::kLanes; ++i)
+                x[i] = i < height ? V::load_n(from + (r + i) * from_stride + c, width) : V::set(0.f);
+            V::transpose(x);
+            for (int64_t i = 0; i < width; ++i) V::store_n(to + (c + i) * to_stride + r, x[i], height);
+        }
+    }
+}
+
 // out[k][rows] = src(row, k), for a piece of at most kMaxCells rows; out has room for kLanes elements more.
 template <class V, class T>
 void pack_piece(const T* src, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, float* out) {
@@ -41,32 +59,39 @@ size_t panel_bytes(int64_t lanes, int64_t k) {
     return sizeof(float) * ceil_div(lanes, 2 * V::kLanes) * 2 * V::kLanes * k;
 }
 
-// out[panel][k][width] = src(lane, k), zero beyond the last lane; width = 2 * kLanes, and one stride is 1.
+// Panel `panel` of lanes: out[k][width] = src(width * panel + lane, k), zero beyond the last lane; width = 2
+// * kLanes, and one stride is 1.
+template <class V, class T>
+void pack_panel(const T* src, int64_t lane_stride, int64_t k_stride, int64_t lanes, int64_t k, int64_t panel,
+                float* out) {
+    constexpr int64_t width = 2 * V::kLanes;
+    for (int64_t half = 0; half < width; half += V::kLanes) {
+        const int64_t first = panel * width + half;
+        const int64_t count = first < lanes ? smaller(V::kLanes, lanes - first) : 0;
+        if (lane_stride == 1) {
+            for (int64_t i = 0; i < k; ++i)
+                V::store(out + i * width + half, V::load_n(src + first + i * k_stride, count));
+        } else {
+            // No rows are read beyond the last lane, and whole vectors are written.
+            for (int64_t i = 0; i < k; i += V::kLanes) {
+                const int64_t depth = smaller(V::kLanes, k - i);
+                typename V::F x[V::kLanes];
+                for (int64_t j = 0; j < V::kLanes; ++j)
+                    x[j] = j < count ? V::load_n(src + (first + j) * lane_stride + i, depth) : V::set(0.f);
+                V::transpose(x);
+                for (int64_t j = 0; j < depth; ++j) V::store(out + (i + j) * width + half, x[j]);
+            }
+        }
+    }
+}
+
+// All panels, one after the other.
 template <class V, class T>
 void pack_panels(const T* src, int64_t lane_stride, int64_t k_stride, int64_t lanes, int64_t k, int threads,
                  float* out) {
     constexpr int64_t width = 2 * V::kLanes;
     parallel_for(threads, ceil_div(lanes, width), [&](int64_t panel, int) {
-        float* to = out + panel * k * width;
-        for (int64_t half = 0; half < width; half += V::kLanes) {
-            const int64_t first = panel * width + half;
-            const int64_t count = first < lanes ? smaller(V::kLanes, lanes - first) : 0;
-            if (lane_stride == 1) {
-                for (int64_t i = 0; i < k; ++i)
-                    V::store(to + i * width + half, V::load_n(src + first + i * k_stride, count));
-            } else {
-                // No rows are read beyond the last lane, and whole vectors are written.
-                for (int64_t i = 0; i < k; i += V::kLanes) {
-                    const int64_t depth = smaller(V::kLanes, k - i);
-                    typename V::F x[V::kLanes];
-                    for (int64_t j = 0; j < V::kLanes; ++j)
-                        x[j] =
-                            j < count ? V::load_n(src + (first + j) * lane_stride + i, depth) : V::set(0.f);
-                    V::transpose(x);
-                    for (int64_t j = 0; j < depth; ++j) V::store(to + (i + j) * width + half, x[j]);
-                }
-            }
-        }
+        pack_panel<V>(src, lane_stride, k_stride, lanes, k, panel, out + panel * k * width);
     });
 }
 

@@ -15,6 +15,8 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/kept_memory.h"
+
 namespace fnac {
 namespace {
 
@@ -63,10 +65,24 @@ void parallel_for(int threads, int64_t tasks, void (*body)(void*, int64_t, int),
     for (auto& helper : helpers) helper.join();
 }
 
-Scratch::Scratch(size_t bytes) : data_(std::aligned_alloc(64, (bytes + 127) / 64 * 64)) {
-    if (data_ == nullptr) throw std::bad_alloc();
+Scratch::Scratch(size_t bytes) {
+    // The C library keeps what is freed resident, in holes that the next one need not fit: a step's peak is
+    // in its backward, after scratch of two passes.
+    constexpr size_t kept_from = size_t{4} << 20;
+    if (bytes >= kept_from) {
+        kept_ = new KeptMemory(bytes, KeptMemory::Use::kScratch);
+        data_ = kept_->data();
+    } else {
+        data_ = std::aligned_alloc(64, (bytes + 127) / 64 * 64);
+        if (data_ == nullptr) throw std::bad_alloc();
+    }
 }
 
-Scratch::~Scratch() { std::free(data_); }
+Scratch::~Scratch() {
+    if (kept_ == nullptr)
+        std::free(data_);
+    else
+        delete kept_;
+}
 
 }  // namespace fnac

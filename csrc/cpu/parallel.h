@@ -18,7 +18,10 @@ void parallel_for(int threads, int64_t tasks, F&& body) {
         &body);
 }
 
-// Scratch memory, 64-byte aligned, freed on destruction. Throws std::bad_alloc (translated to MemoryError).
+class KeptMemory;
+
+// Scratch memory, 64-byte aligned, freed on destruction; large ones lie in kept memory. Throws std::bad_alloc
+// (translated to MemoryError).
 class Scratch {
   public:
     explicit Scratch(size_t bytes);
@@ -32,6 +35,7 @@ class Scratch {
     }
 
   private:
+    KeptMemory* kept_ = nullptr;
     void* data_;
 };
 

@@ -61,19 +61,26 @@ constexpr Tiles<V> make_tiles(std::integer_sequence<int, R...>) {
 template <class V>
 constexpr Tiles<V> kTiles = make_tiles<V>(std::make_integer_sequence<int, V::kMaxCells>{});
 
-// out[r][width p + j] = sum_i x[r][i] * panels[p][i][j], width = 2 * kLanes: a panel is read once for all
-// rows. `piece` has room for rows * k + kLanes elements.
-template <class V, class T>
-void multiply(const T* x, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, const float* panels,
-              int64_t count, float* piece, float* out, int64_t out_stride) {
+// out[r][width p + j] = sum_i x[r][i] * panels[p][i][j], width = 2 * kLanes, for rows that were packed:
+// pieces of kMaxCells rows, the last of what is left. A panel is read once for all rows.
+template <class V>
+void multiply_pieces(const float* pieces, int64_t rows, int64_t k, const float* panels, int64_t count,
+                     float* out, int64_t out_stride) {
     constexpr int64_t width = 2 * V::kLanes;
-    const auto height = [&](int64_t r) { return smaller(V::kMaxCells, rows - r); };
-    for (int64_t r = 0; r < rows; r += V::kMaxCells)
-        pack_piece<V>(x + r * row_stride, row_stride, k_stride, height(r), k, piece + r * k);
     for (int64_t p = 0; p < count; ++p)
         for (int64_t r = 0; r < rows; r += V::kMaxCells)
-            kTiles<V>.store[height(r)](piece + r * k, panels + p * k * width, k, out_stride,
-                                       out + r * out_stride + p * width);
+            kTiles<V>.store[smaller(V::kMaxCells, rows - r)](pieces + r * k, panels + p * k * width, k,
+                                                             out_stride, out + r * out_stride + p * width);
+}
+
+// The same of x as it lies. `pieces` has room for rows * k + kLanes elements.
+template <class V, class T>
+void multiply(const T* x, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, const float* panels,
+              int64_t count, float* pieces, float* out, int64_t out_stride) {
+    for (int64_t r = 0; r < rows; r += V::kMaxCells)
+        pack_piece<V>(x + r * row_stride, row_stride, k_stride, smaller(V::kMaxCells, rows - r), k,
+                      pieces + r * k);
+    multiply_pieces<V>(pieces, rows, k, panels, count, out, out_stride);
 }
 
 }  // namespace

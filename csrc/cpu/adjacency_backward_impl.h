@@ -1,0 +1,216 @@
+// The gradients of the contrastive and adjacency terms. Tile by tile of the upper triangle, A, F and I become
+// dA + dA', dF + dF' and dI + dI', which are symmetric too, and both of L's elements get their gradient, so
+// each softmax is computed once; then they are multiplied by the features.
+#pragma once
+
+namespace fnac {
+namespace {
+
+// Gradients of the terms, the caller's and the weights' together.
+struct TermGrads {
+    float g[4];
+    explicit TermGrads(const Adjacency& job) {
+        for (int t = 0; t < 4; ++t) {
+            const double terms = job.grad_terms == nullptr ? 0 : job.grad_terms[t];
+            const double loss = job.grad_loss == nullptr ? 0 : *job.grad_loss * job.weights[t];
+            g[t] = job.weights[t] == 0 ? 0.f : static_cast<float>(terms + loss);
+        }
+    }
+};
+
+// row_stats and col_lse by statistic, padded by zeros: for lanes that are columns.
+class ColumnStats {
+  public:
+    ColumnStats(const Adjacency& job, int64_t size)
+        : size_(size), memory_(sizeof(float) * (kRowStats + 1) * size) {
+        float* to = memory_.as<float>();
+        for (int64_t m = 0; m < size; ++m) {
+            for (int64_t s = 0; s < kRowStats; ++s)
+                to[s * size + m] = m < job.n ? job.row_stats[m * kRowStats + s] : 0.f;
+            to[kRowStats * size + m] = m < job.n ? job.col_lse[m] : 0.f;
+        }
+    }
+    const float* operator[](int64_t stat) const { return memory_.as<float>() + stat * size_; }
+    const float* col_lse() const { return (*this)[kRowStats]; }
+
+  private:
+    int64_t size_;
+    Scratch memory_;
+};
+
+// A row of a tile: of A, F and I, in place, of L and its transposed, and the gradients of these two.
+struct TileRow {
+    float *a, *f, *i;
+    const float *l, *lt;
+    float *dl, *dlt;
+};
+
+template <class V>
+class AdjacencyGradient {
+    using F = typename V::F;
+
+  public:
+    AdjacencyGradient(const Adjacency& job, const Needs& needs, const ColumnStats& columns)
+        : job_(job), needs_(needs), columns_(columns), grads_(job) {}
+
+    // Row n of a tile whose columns are m0 .. m0 + count. dlt is written where kBoth.
+    template <bool kBoth>
+    void row(const TileRow& x, int64_t n, int64_t m0, int64_t count) const {
+        const float* stats = job_.row_stats + n * kRowStats;
+        const auto row = [&](int s) { return V::set(stats[s]); };
+        const float* const g = grads_.g;
+        const double size = static_cast<double>(job_.n);
+        const F zero = V::set(0.f), g1 = V::set(g[1]), g2 = V::set(g[2]), g3 = V::set(g[3]);
+        const F share = V::set(static_cast<float>(1 / (size * size)));
+        const F g0 = V::set(static_cast<float>(g[0] / size));
+        const bool with_a = needs_.s1 || needs_.s2, with_l = needs_.s1 || needs_.s3;
+        for (int64_t m = 0; m < count; m += V::kLanes) {
+            const auto column = [&](int s) { return V::load(columns_[s] + m0 + m); };
+            const auto p = [&](const float* of, Stat lse) {
+                return softmax<V>(of + m, row(lse), row(lse + 1));
+            };
+            const auto pt = [&](const float* of, Stat lse) {
+                return softmax<V>(of + m, column(lse), column(lse + 1));
+            };
+            // The gradient of both elements of a symmetric matrix through softmaxes x and xt whose signs are
+            // s and st.
+            const auto both = [&](F x, F s, Stat sum, F xt, F st) {
+                return V::add(V::mul(x, V::sub(s, row(sum))), V::mul(xt, V::sub(st, column(sum))));
+            };
+            const F pl = with_l ? p(x.l, kLseL) : zero, plt = with_l ? pt(x.lt, kLseL) : zero;
+            const F pa = with_a ? p(x.a, kLseA) : zero, pat = with_a ? pt(x.a, kLseA) : zero;
+            F gl = zero, dot = zero, glt = zero, dot_t = zero, da = zero;
+            if (needs_.s1) {
+                const F s = V::sign(V::sub(pa, pl)), st = V::sign(V::sub(pat, plt));
+                da = V::mul(g1, both(pa, s, kS1A, pat, st));
+                gl = V::mul(g1, s), glt = V::mul(g1, st);
+                dot = V::mul(g1, row(kS1L)), dot_t = V::mul(g1, column(kS1L));
+            }
+            if (needs_.s2) {
+                const F pf = p(x.f, kLseF), pft = pt(x.f, kLseF);
+                const F s = V::sign(V::sub(pa, pf)), st = V::sign(V::sub(pat, pft));
+                da = V::fma(g2, both(pa, s, kS2A, pat, st), da);
+                const F df = V::mul(g2, both(pf, s, kS2F, pft, st));
+                V::store(x.f + m, V::mul(V::sub(zero, df), share));
+            }
+            if (needs_.s3) {
+                const F pi = p(x.i, kLseI), pit = pt(x.i, kLseI);
+                const F s = V::sign(V::sub(pi, pl)), st = V::sign(V::sub(pit, plt));
+                V::store(x.i + m, V::mul(V::mul(g3, both(pi, s, kS3I, pit, st)), share));
+                gl = V::fma(g3, s, gl), glt = V::fma(g3, st, glt);
+                dot = V::fma(g3, row(kS3L), dot), dot_t = V::fma(g3, column(kS3L), dot_t);
+            }
+            F dl = V::mul(V::mul(pl, V::sub(dot, gl)), share),
+              dlt = V::mul(V::mul(plt, V::sub(dot_t, glt)), share);
+            if (needs_.nce) {
+                // Each element of L is in one row's softmax and in one column's.
+                const auto entropy = [&](F by_row, const float* of, F column_lse) {
+                    const F by_column = exp_negative<V>(V::sub(V::load(of + m), column_lse));
+                    return unmasked(V::add(by_row, by_column), x.a + m, n, m0 + m);
+                };
+                dl = V::fma(g0, entropy(p(x.l, kLseKept), x.l, V::load(columns_.col_lse() + m0 + m)), dl);
+                if constexpr (kBoth)
+                    dlt = V::fma(g0, entropy(pt(x.lt, kLseKept), x.lt, V::set(job_.col_lse[n])), dlt);
+            }
+            V::store(x.dl + m, dl);
+            if constexpr (kBoth) V::store(x.dlt + m, dlt);
+            if (with_a) V::store(x.a + m, V::mul(da, share));
+        }
+        if (needs_.nce && m0 <= n && n < m0 + count) x.dl[n - m0] -= static_cast<float>(2 * g[0] / size);
+    }
+
+  private:
+    F unmasked(F x, const float* a, int64_t n, int64_t m) const {
+        if (!needs_.mask) return x;
+        float lanes[V::kLanes];
+        V::store(lanes, x);
+        for (int64_t j = 0; j < V::kLanes; ++j)
+            if (masked(job_, a[j], n, m + j)) lanes[j] = 0.f;
+        return V::load(lanes);
+    }
+
+    const Adjacency& job_;
+    const Needs& needs_;
+    const ColumnStats& columns_;
+    TermGrads grads_;
+};
+
+// Turns A, F and I into the gradients of their products, and writes L's gradient.
+template <class V>
+void differentiate(const Adjacency& job, const Needs& needs, const Similarities<V>& similarities) {
+    const Triangle<V>& triangle = similarities.triangle();
+    const ColumnStats columns(job, triangle.padded());
+    const AdjacencyGradient<V> gradient(job, needs, columns);
+    constexpr int buffers = 4;
+    const int64_t n = job.n, width = triangle.rows(), stride = width + 16, buffer_size = width * stride;
+    const Scratch scratch(sizeof(float) * job.threads * buffers * buffer_size);
+    parallel_for(job.threads, triangle.strips(), [&](int64_t strip, int worker) {
+        float* const l = scratch.as<float>() + worker * buffers * buffer_size;
+        float *const lt = l + buffer_size, *const dl = lt + buffer_size, *const dlt = dl + buffer_size;
+        const int64_t n0 = triangle.first(strip), rows = triangle.rows(strip);
+        for (int64_t j = strip; j < triangle.strips(); ++j) {
+            const int64_t m0 = triangle.first(j), columns_here = triangle.rows(j);
+            const int64_t padded = smaller(width, triangle.padded() - m0);
+            transpose<V>(job.logits + m0 * n + n0, n, columns_here, rows, lt, stride);
+            for (int64_t r = 0; r < rows; ++r) {
+                const int64_t at = r * stride;
+                std::memcpy(l + at, job.logits + (n0 + r) * n + m0, sizeof(float) * columns_here);
+                for (int64_t m = columns_here; m < padded; ++m) l[at + m] = lt[at + m] = kNegInf;
+                const auto of = [&](Matrix k) {
+                    return needs.matrix[k] ? triangle.row(similarities[k], strip, n0 + r) + m0 - n0 : nullptr;
+                };
+                const TileRow row{of(kA), of(kF), of(kI), l + at, lt + at, dl + at, dlt + at};
+                if (j == strip)
+                    gradient.template row<false>(row, n0 + r, m0, padded);
+                else
+                    gradient.template row<true>(row, n0 + r, m0, padded);
+                std::memcpy(job.dlogits + (n0 + r) * n + m0, dl + at, sizeof(float) * columns_here);
+            }
+            if (j != strip) transpose_exact<V>(dlt, stride, rows, columns_here, job.dlogits + m0 * n + n0, n);
+        }
+    });
+}
+
+template <class V>
+void adjacency_backward(const Adjacency& job) {
+    constexpr int64_t width = Triangle<V>::kWidth;
+    const Needs needs(job);
+    const Similarities<V> similarities(job, needs);
+    differentiate<V>(job, needs, similarities);
+
+    // Products with the features: lanes are channels.
+    struct Product {
+        const float *matrix, *features;
+        float* out;
+    } products[kMatrices];
+    int64_t count = 0;
+    if (needs.s1 || needs.s2) products[count++] = {similarities[kA], job.aud, job.daud};
+    if (needs.s2) products[count++] = {similarities[kF], job.foreground, job.dforeground};
+    if (needs.s3) products[count++] = {similarities[kI], job.avg, job.davg};
+    const int64_t n = job.n, c = job.c, panels = ceil_div(c, width), each = panels * width * n;
+    const Scratch packed(sizeof(float) * count * each);
+    parallel_for(job.threads, count * panels, [&](int64_t task, int) {
+        const int64_t k = task / panels, p = task % panels;
+        pack_panel<V>(products[k].features, 1, c, c, n, p, packed.as<float>() + k * each + p * width * n);
+    });
+    const Triangle<V>& triangle = similarities.triangle();
+    const int64_t stride = panels * width, rows = triangle.rows();
+    const int64_t worker_size = rows * (n + stride) + V::kLanes;
+    const Scratch scratch(sizeof(float) * job.threads * worker_size);
+    parallel_for(job.threads, count * triangle.strips(), [&](int64_t task, int worker) {
+        const int64_t k = task / triangle.strips(), strip = task % triangle.strips();
+        const int64_t first = triangle.first(strip), here = triangle.rows(strip);
+        float* out = scratch.as<float>() + worker * worker_size;
+        float* pieces = out + rows * stride;
+        for (int64_t r = 0; r < here; r += V::kMaxCells)
+            triangle.pack_rows(products[k].matrix, first + r, smaller(V::kMaxCells, here - r),
+                               pieces + r * n);
+        multiply_pieces<V>(pieces, here, n, packed.as<float>() + k * each, panels, out, stride);
+        for (int64_t r = 0; r < here; ++r)
+            for (int64_t i = 0; i < c; ++i)
+                products[k].out[(first + r) * c + i] = out[r * stride + i] * job.scale;
+    });
+}
+
+}  // namespace
+}  // namespace fnac
