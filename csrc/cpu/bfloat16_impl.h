@@ -24,8 +24,8 @@ struct BFloat16Values {
             return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
         };
         const __m512i halves = reinterpret_cast<const __m512i&>(rounded);
-        sums.add(low, low - widen(_mm512_castsi512_si256(halves)));
-        sums.add(high, high - widen(_mm512_extracti64x4_epi64(halves, 1)));
+        sums.add(low, high, low - widen(_mm512_castsi512_si256(halves)),
+                 high - widen(_mm512_extracti64x4_epi64(halves, 1)));
         return reinterpret_cast<const __m512&>(rounded);
     }
 

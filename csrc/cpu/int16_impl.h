@@ -23,12 +23,13 @@ struct Int16Products {
     static float scale(const float* rows, int64_t c, int64_t count, int64_t stride) {
         float largest = 0;
         for (int64_t p = 0; p < count; ++p) {
-            typename V::F squares = V::set(0.f);
-            for (int64_t k = 0; k < c; k += V::kLanes) {
-                const typename V::F values = V::load_n(rows + p * stride + k, c - k);
-                squares = V::fma(values, values, squares);
+            typename V::F even = V::set(0.f), odd = even, low, high;
+            for (int64_t k = 0; k < c; k += 2 * V::kLanes) {
+                load_two<V>(rows + p * stride + k, c - k, low, high);
+                even = V::fma(low, low, even);
+                odd = V::fma(high, high, odd);
             }
-            const float sum = V::sum(squares);
+            const float sum = V::sum(V::add(even, odd));
             largest = sum > largest ? sum : largest;
         }
         return largest > 0 ? std::sqrt(largest) / kLargestNorm : 1;
@@ -40,8 +41,7 @@ struct Int16Products {
         const typename V::F units = V::set(1 / scale), back = V::set(-scale);
         const typename V::F low_units = V::round(V::mul(low, units)),
                             high_units = V::round(V::mul(high, units));
-        sums.add(low, V::fma(low_units, back, low));
-        sums.add(high, V::fma(high_units, back, high));
+        sums.add(low, high, V::fma(low_units, back, low), V::fma(high_units, back, high));
         return V::to_int16(low_units, high_units);
     }
 

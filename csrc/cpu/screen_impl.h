@@ -43,21 +43,26 @@ struct Norms {
 
 bool in_range(float norm) { return norm == 0 || (norm >= kSmallest && norm <= kLargest); }  // false for NaN
 
-// What is summed up over a vector while it is narrowed.
+// What is summed up over a vector while it is narrowed, two registers of values at a time: each has sums of
+// its own, because a sum waits for the one before.
 template <class V>
 struct Sums {
-    typename V::F squares = V::set(0.f), residuals = V::set(0.f), bits = V::set(0.f);
+    using F = typename V::F;
+    F squares[2] = {V::set(0.f), V::set(0.f)}, residuals[2] = {V::set(0.f), V::set(0.f)}, bits = V::set(0.f);
 
-    // Of one vector of values, and what narrowing takes from them.
-    void add(typename V::F values, typename V::F lost) {
-        squares = V::fma(values, values, squares);
-        residuals = V::fma(lost, lost, residuals);
-        bits = V::bits_or(values, bits);
+    // Of the values, and what narrowing takes from them.
+    void add(F low, F high, F low_lost, F high_lost) {
+        squares[0] = V::fma(low, low, squares[0]);
+        squares[1] = V::fma(high, high, squares[1]);
+        residuals[0] = V::fma(low_lost, low_lost, residuals[0]);
+        residuals[1] = V::fma(high_lost, high_lost, residuals[1]);
+        bits = V::bits_or(bits, V::bits_or(low, high));
     }
     Norms norms() const {
-        const float whole = std::sqrt(V::sum(squares));
+        const float whole = std::sqrt(V::sum(V::add(squares[0], squares[1])));
         // Squares underflow: a vector that is not 0 must not pass for it.
-        return {whole == 0 && !V::all_zero(bits) ? kSmallest / 2 : whole, std::sqrt(V::sum(residuals))};
+        return {whole == 0 && !V::all_zero(bits) ? kSmallest / 2 : whole,
+                std::sqrt(V::sum(V::add(residuals[0], residuals[1])))};
     }
 };
 
