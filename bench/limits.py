@@ -8,8 +8,8 @@ from bench.cases import Case, Op
 def seconds(op: Op, case: Case, dtype: str, peaks: dict[str, float]) -> float:
     """The time that the work needs at least, at the arithmetic peak of the dtype or at the memory's, whichever is more.
 
-    Arithmetic is counted as the best known algorithm needs it: one dense product forward, and a backward that touches
-    the winning cell of each pair alone. float32 is judged by multiply-adds in float32; a kernel that gets the same
+    Arithmetic is counted as the best known algorithm needs it: one dense product forward, a backward that touches the
+    winning cell of each pair alone, and half of each symmetric adjacency matrix, once. float32 is judged by multiply-adds in float32; a kernel that gets the same
     result from products of 16-bit values and corrections may pass 1.
     """
     flops, elements = work(op, case)
@@ -22,20 +22,20 @@ def seconds(op: Op, case: Case, dtype: str, peaks: dict[str, float]) -> float:
 def work(op: Op, case: Case) -> tuple[float, float]:
     """Floating-point operations, and elements of the features read and written, each time they must be."""
     pairs, features = case.n * case.m, case.n * case.cells * case.c
-    grams = 3 * 2 * pairs * case.c  # three adjacency matrices
+    adjacency = 3 * 2.0 * pairs * case.c  # three matrices times the features
     forward = {
-        "fnac_loss": 2.0 * pairs * case.cells * case.c + grams,
+        "fnac_loss": 2.0 * pairs * case.cells * case.c + adjacency / 2,
         "max_logits": 2.0 * pairs * case.cells * case.c,
         "max_logits_forward": 2.0 * pairs * case.cells * case.c,
         "nce": 2.0 * pairs * case.c,
         "paired_maps": 2.0 * features,
-        "adjacency_contrastive": float(grams),
+        "adjacency_contrastive": adjacency / 2,
     }[op.name]
     if op.name == "adjacency_contrastive":
         features = 3 * case.n * case.c + pairs
     if not op.backward:
         return forward, features
     backward = (4 * pairs * case.c if op.name != "adjacency_contrastive" else 0) + (
-        2 * grams if op.name in ("fnac_loss", "adjacency_contrastive") else 0
+        adjacency if op.name in ("fnac_loss", "adjacency_contrastive") else 0
     )
     return forward + backward, 3 * features  # read twice, its gradient written once
