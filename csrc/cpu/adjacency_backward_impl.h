@@ -194,6 +194,7 @@ void adjacency_backward(const Adjacency& job) {
         pack_panel<V>(products[k].features, 1, c, c, n, p, packed.as<float>() + k * each + p * width * n);
     });
     const Triangle<V>& triangle = similarities.triangle();
+    const float scale = job.scale;
     const int64_t stride = panels * width, rows = triangle.rows();
     const int64_t worker_size = rows * (n + stride) + V::kLanes;
     const Scratch scratch(sizeof(float) * job.threads * worker_size);
@@ -208,7 +209,7 @@ void adjacency_backward(const Adjacency& job) {
         multiply_pieces<V>(pieces, here, n, packed.as<float>() + k * each, panels, out, stride);
         for (int64_t r = 0; r < here; ++r)
             for (int64_t i = 0; i < c; ++i)
-                products[k].out[(first + r) * c + i] = out[r * stride + i] * job.scale;
+                products[k].out[(first + r) * c + i] = out[r * stride + i] * scale;
     });
 }
 

@@ -69,6 +69,7 @@ class Similarities {
             const int64_t k = task / panels, p = task % panels;
             pack_panel<V>(sources[k], c, 1, t.n(), c, p, packed.as<float>() + k * each + p * kWidth * c);
         });
+        const float scale = job.scale;
         const int64_t piece_size = t.rows() * c + V::kLanes;
         const Scratch pieces(sizeof(float) * job.threads * piece_size);
         // Strips become shorter: the longest first, so that threads end together.
@@ -81,7 +82,7 @@ class Similarities {
                         pieces.as<float>() + worker * piece_size, out, stride);
             for (int64_t r = 0; r < t.rows(strip); ++r) {
                 float* row = out + r * stride;
-                for (int64_t m = 0; m < t.n() - first; ++m) row[m] *= job.scale;
+                for (int64_t m = 0; m < t.n() - first; ++m) row[m] *= scale;
                 for (int64_t m = t.n() - first; m < columns; ++m) row[m] = kNegInf;
             }
         });
