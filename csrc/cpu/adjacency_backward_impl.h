@@ -53,7 +53,7 @@ class AdjacencyGradient {
     AdjacencyGradient(const Adjacency& job, const Needs& needs, const ColumnStats& columns)
         : job_(job), needs_(needs), columns_(columns), grads_(job) {}
 
-    // Row n of a tile whose columns are m0 .. m0 + count. dlt is written where kBoth.
+    // Row n of a tile whose columns are m0 .. m0 + count, whole vectors. dlt is written where kBoth.
     template <bool kBoth>
     void row(const TileRow& x, int64_t n, int64_t m0, int64_t count) const {
         const float* stats = job_.row_stats + n * kRowStats;
@@ -106,7 +106,7 @@ class AdjacencyGradient {
                 // Each element of L is in one row's softmax and in one column's.
                 const auto entropy = [&](F by_row, const float* of, F column_lse) {
                     const F by_column = exp_negative<V>(V::sub(V::load(of + m), column_lse));
-                    return unmasked(V::add(by_row, by_column), x.a + m, n, m0 + m);
+                    return unmasked(V::add(by_row, by_column), x, n, m0, m);
                 };
                 dl = V::fma(g0, entropy(p(x.l, kLseKept), x.l, V::load(columns_.col_lse() + m0 + m)), dl);
                 if constexpr (kBoth)
@@ -120,12 +120,13 @@ class AdjacencyGradient {
     }
 
   private:
-    F unmasked(F x, const float* a, int64_t n, int64_t m) const {
-        if (!needs_.mask) return x;
+    // The values of columns m0 + m and so on, 0 for pairs that leave the denominators.
+    F unmasked(F values, const TileRow& x, int64_t n, int64_t m0, int64_t m) const {
+        if (!needs_.mask) return values;
         float lanes[V::kLanes];
-        V::store(lanes, x);
+        V::store(lanes, values);
         for (int64_t j = 0; j < V::kLanes; ++j)
-            if (masked(job_, a[j], n, m + j)) lanes[j] = 0.f;
+            if (masked(job_, x.a[m + j], n, m0 + m + j)) lanes[j] = 0.f;
         return V::load(lanes);
     }
 
