@@ -145,30 +145,31 @@ void differentiate(const Adjacency& job, const Needs& needs, const Similarities<
     constexpr int buffers = 4;
     const int64_t n = job.n, width = triangle.rows(), stride = width + 16, buffer_size = width * stride;
     const Scratch scratch(sizeof(float) * job.threads * buffers * buffer_size);
-    parallel_for(job.threads, triangle.strips(), [&](int64_t strip, int worker) {
+    parallel_for(job.threads, triangle.tiles(), [&](int64_t tile, int worker) {
         float* const l = scratch.as<float>() + worker * buffers * buffer_size;
         float *const lt = l + buffer_size, *const dl = lt + buffer_size, *const dlt = dl + buffer_size;
+        int64_t strip = 0, other = tile;  // the strips of its rows and of its columns
+        while (other >= triangle.strips() - strip) other -= triangle.strips() - strip++;
+        other += strip;
         const int64_t n0 = triangle.first(strip), rows = triangle.rows(strip);
-        for (int64_t j = strip; j < triangle.strips(); ++j) {
-            const int64_t m0 = triangle.first(j), columns_here = triangle.rows(j);
-            const int64_t padded = smaller(width, triangle.padded() - m0);
-            transpose<V>(job.logits + m0 * n + n0, n, columns_here, rows, lt, stride);
-            for (int64_t r = 0; r < rows; ++r) {
-                const int64_t at = r * stride;
-                std::memcpy(l + at, job.logits + (n0 + r) * n + m0, sizeof(float) * columns_here);
-                for (int64_t m = columns_here; m < padded; ++m) l[at + m] = lt[at + m] = kNegInf;
-                const auto of = [&](Matrix k) {
-                    return needs.matrix[k] ? triangle.row(similarities[k], strip, n0 + r) + m0 - n0 : nullptr;
-                };
-                const TileRow row{of(kA), of(kF), of(kI), l + at, lt + at, dl + at, dlt + at};
-                if (j == strip)
-                    gradient.template row<false>(row, n0 + r, m0, padded);
-                else
-                    gradient.template row<true>(row, n0 + r, m0, padded);
-                std::memcpy(job.dlogits + (n0 + r) * n + m0, dl + at, sizeof(float) * columns_here);
-            }
-            if (j != strip) transpose_exact<V>(dlt, stride, rows, columns_here, job.dlogits + m0 * n + n0, n);
+        const int64_t m0 = triangle.first(other), columns_here = triangle.rows(other);
+        const int64_t padded = smaller(width, triangle.padded() - m0);
+        transpose<V>(job.logits + m0 * n + n0, n, columns_here, rows, lt, stride);
+        for (int64_t r = 0; r < rows; ++r) {
+            const int64_t at = r * stride;
+            std::memcpy(l + at, job.logits + (n0 + r) * n + m0, sizeof(float) * columns_here);
+            for (int64_t m = columns_here; m < padded; ++m) l[at + m] = lt[at + m] = kNegInf;
+            const auto of = [&](Matrix k) {
+                return needs.matrix[k] ? triangle.row(similarities[k], strip, n0 + r) + m0 - n0 : nullptr;
+            };
+            const TileRow row{of(kA), of(kF), of(kI), l + at, lt + at, dl + at, dlt + at};
+            if (other == strip)
+                gradient.template row<false>(row, n0 + r, m0, padded);
+            else
+                gradient.template row<true>(row, n0 + r, m0, padded);
+            std::memcpy(job.dlogits + (n0 + r) * n + m0, dl + at, sizeof(float) * columns_here);
         }
+        if (other != strip) transpose_exact<V>(dlt, stride, rows, columns_here, job.dlogits + m0 * n + n0, n);
     });
 }
 

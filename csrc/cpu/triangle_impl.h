@@ -19,7 +19,8 @@ class Triangle {
     int64_t n() const { return n_; }
     int64_t padded() const { return padded_; }  // columns of whole panels
     int64_t strips() const { return ceil_div(n_, rows_); }
-    int64_t rows() const { return rows_; }  // of a strip; the last may have fewer
+    int64_t tiles() const { return strips() * (strips() + 1) / 2; }  // a strip by the columns of a strip
+    int64_t rows() const { return rows_; }                           // of a strip; the last may have fewer
     int64_t rows(int64_t strip) const { return smaller(rows_, n_ - first(strip)); }
     int64_t first(int64_t strip) const { return strip * rows_; }  // its first row and its first column
     int64_t columns(int64_t strip) const { return padded_ - first(strip); }
