@@ -9,8 +9,9 @@ def seconds(op: Op, case: Case, dtype: str, peaks: dict[str, float]) -> float:
     """The time that the work needs at least, at the arithmetic peak of the dtype or at the memory's, whichever is more.
 
     Arithmetic is counted as the best known algorithm needs it: one dense product forward, a backward that touches the
-    winning cell of each pair alone, and half of each symmetric adjacency matrix, once. float32 is judged by multiply-adds in float32; a kernel that gets the same
-    result from products of 16-bit values and corrections may pass 1.
+    winning cell of each pair alone, and half of each symmetric adjacency matrix, once. float32 is judged by
+    multiply-adds in float32; a kernel that gets the same result from products of 16-bit values and corrections may
+    pass 1.
     """
     flops, elements = work(op, case)
     rate = max(peaks["gemm_float32"], peaks.get("fma", 0.0))
