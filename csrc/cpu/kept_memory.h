@@ -1,4 +1,4 @@
-// Memory for large results: what one frees is kept for the next.
+// Memory for large results and scratch: what one frees is kept for the next.
 //
 // The C library gives blocks of more than 32 MB back to the system as soon as they are freed, and filling
 // fresh pages again costs as much as a fifth of the whole loss (csrc/README.md). A training step frees its

@@ -4,6 +4,15 @@
 namespace fnac {
 namespace {
 
+// A block of height x width elements, at most kLanes each, transposed; 0 beyond.
+template <class V, class T>
+inline __attribute__((always_inline)) void load_transposed(const T* from, int64_t stride, int64_t height,
+                                                           int64_t width, typename V::F (&x)[V::kLanes]) {
+    for (int64_t i = 0; i < V::kLanes; ++i)
+        x[i] = i < height ? V::load_n(from + i * stride, width) : V::set(0.f);
+    V::transpose(x);
+}
+
 // to[c * to_stride + r] = from[r * from_stride + c] for `rows` x `cols` elements. Where rows is no multiple
 // of kLanes, up to kLanes - 1 elements after a row of `to` are overwritten too, before the next row is
 // written.
@@ -13,13 +22,11 @@ void transpose(const From* from, int64_t from_stride, int64_t rows, int64_t cols
         const int64_t height = smaller(V::kLanes, rows - r);
         for (int64_t c = 0; c < cols; c += V::kLanes) {
             const int64_t width = smaller(V::kLanes, cols - c);
-            typename V::F x[V::kLanes];
-            for (int64_t i = 0; i < V::kLanes; ++i) {
-                x[i] = i < height ? V::load_n(from + (r + i) * from_stride + c, width) : V::set(0.f);
-                // Rows are read a vector at a time: no stream that the hardware would see ahead.
+            // Rows are read a vector at a time: no stream that the hardware would see ahead.
+            for (int64_t i = 0; i < V::kLanes; ++i)
                 __builtin_prefetch(from + (r + i + V::kLanes) * from_stride + c);
-            }
-            V::transpose(x);
+            typename V::F x[V::kLanes];
+            load_transposed<V>(from + r * from_stride + c, from_stride, height, width, x);
             for (int64_t i = 0; i < width; ++i) V::store(to + (c + i) * to_stride + r, x[i]);
         }
     }
@@ -35,9 +42,7 @@ void transpose_exact(const float* from, int64_t from_stride, int64_t rows, int64
         for (int64_t r = 0; r < rows; r += V::kLanes) {
             const int64_t height = smaller(V::kLanes, rows - r);
             typename V::F x[V::kLanes];
-            for (int64_t i = 0; i < V::kLanes; ++i)
-                x[i] = i < height ? V::load_n(from + (r + i) * from_stride + c, width) : V::set(0.f);
-            V::transpose(x);
+            load_transposed<V>(from + r * from_stride + c, from_stride, height, width, x);
             for (int64_t i = 0; i < width; ++i) V::store_n(to + (c + i) * to_stride + r, x[i], height);
         }
     }
@@ -76,9 +81,7 @@ void pack_panel(const T* src, int64_t lane_stride, int64_t k_stride, int64_t lan
             for (int64_t i = 0; i < k; i += V::kLanes) {
                 const int64_t depth = smaller(V::kLanes, k - i);
                 typename V::F x[V::kLanes];
-                for (int64_t j = 0; j < V::kLanes; ++j)
-                    x[j] = j < count ? V::load_n(src + (first + j) * lane_stride + i, depth) : V::set(0.f);
-                V::transpose(x);
+                load_transposed<V>(src + first * lane_stride + i, lane_stride, count, depth, x);
                 for (int64_t j = 0; j < depth; ++j) V::store(out + (i + j) * width + half, x[j]);
             }
         }
