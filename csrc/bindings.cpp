@@ -81,9 +81,10 @@ PYBIND11_MODULE(_C, m) {
         "adjacency",
         [](const std::array<uintptr_t, 4>& inputs, int64_t n, int64_t c, double tau,
            const std::array<double, 4>& weights, std::optional<double> threshold, uintptr_t row_stats,
-           uintptr_t col_lse, uintptr_t losses, int threads) {
+           uintptr_t col_lse, uintptr_t loss, uintptr_t terms, int threads) {
             Adjacency job = adjacency_job(inputs, n, c, tau, weights, threshold, row_stats, col_lse, threads);
-            job.losses = at<float>(losses);
+            job.loss = at<float>(loss);
+            job.terms = at<float>(terms);
             kernels().adjacency(job);
         },
         unlocked);

@@ -60,11 +60,15 @@ class Backend:
         """None when usable here, otherwise one sentence that says why not and what would help."""
         return self.probe()
 
+    @functools.cached_property
+    def _imported(self) -> Any:
+        return importlib.import_module(self.module)
+
     def load(self) -> Any:
         """The module; raises RuntimeError with the cause and a way out when the backend is not usable."""
         if self.problem is not None:
             raise RuntimeError(f"fnac_kernels backend {self.name!r} is not available: {self.problem}")
-        return importlib.import_module(self.module)
+        return self._imported
 
 
 def _probe_cpu() -> str | None:
@@ -192,8 +196,11 @@ def select(name: str | None, device: str, dtype: torch.dtype) -> str:
 
 def automatic(device: str) -> str | None:
     """The first usable backend for a kind of device, or None: then it is the reference."""
-    candidates = (BACKENDS[name] for name in PREFERENCE.get(device, ()))
-    return next((backend.name for backend in candidates if backend.problem is None and backend.takes == device), None)
+    for name in PREFERENCE.get(device, ()):
+        backend = BACKENDS[name]
+        if backend.problem is None and backend.takes == device:
+            return name
+    return None
 
 
 def _for_device(device: str) -> str:

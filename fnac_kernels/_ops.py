@@ -7,11 +7,14 @@ differentiable operators have explicit backward operators, so ``torch.compile`` 
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function
 
 from fnac_kernels import _dispatch
 
@@ -20,12 +23,81 @@ ROW_STATS = 16
 
 _lib = torch.library.Library("fnac_kernels", "DEF")
 
+#: Dispatch keys under which a call of an operator is its autograd formula and its kernel and nothing else.
+_PLAIN_KEYS = (
+    *("CPU", "AutogradCPU", "AutocastCPU"),
+    *("CUDA", "AutogradCUDA", "AutocastCUDA"),
+    *("ADInplaceOrView", "BackendSelect"),
+)
+_PLAIN = functools.reduce(
+    operator.or_, (torch._C.DispatchKeySet(torch._C.DispatchKey.__members__[key]).raw_repr() for key in _PLAIN_KEYS)
+)
 
-def _define(schema: str, implementation: Any, fake: Any) -> None:
+
+def _plain(args: tuple[Any, ...]) -> bool:
+    """Whether no mode, transform, tracer or tensor subclass would see a call with these arguments."""
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    keys = torch._C._dispatch_tls_local_include_set().raw_repr()
+    for x in tensors:
+        keys |= torch._C._dispatch_keys(x).raw_repr()
+    return not keys & ~_PLAIN and not has_torch_function(tensors)
+
+
+def _define(
+    schema: str,
+    kernel: Any,
+    fake: Any,
+    backward: Any,
+    setup_context: Any = None,
+    *,
+    given: int | None = None,
+    returned: int | None = None,
+) -> Any:
+    """Define a differentiable operator; returns the function that calls it.
+
+    PyTorch's way to a kernel in Python (dispatcher, ``torch.library.register_autograd``, dispatcher) takes as long as
+    the kernels of a small batch. So a call that nothing but autograd and the kernel would see does not take it.
+
+    Args:
+        given: how many of the arguments may hold tensors of the caller's; those after them hold the forward pass's.
+        returned: how many of the outputs the caller wants; those after them are for the backward pass.
+    """
     name = schema.partition("(")[0]
     _lib.define(schema)
-    _lib.impl(name, implementation, "CompositeExplicitAutograd")
+    _lib.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fnac_kernels::{name}", fake, lib=_lib)
+    op = getattr(torch.ops.fnac_kernels, name).default
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        inputs, (run, wanted) = args[:-2], args[-2:]
+        output = run(*inputs)
+        if setup_context is not None:
+            setup_context(ctx, inputs, output)
+        return output[:wanted]
+
+    methods = {
+        "forward": staticmethod(forward),
+        "backward": staticmethod(lambda ctx, *grads: (*backward(ctx, *grads), None, None)),
+    }
+    function: Any = type(name, (torch.autograd.Function,), methods)
+
+    def differentiable(args: tuple[Any, ...], run: Any, wanted: int | None) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            return function.apply(*args, run, wanted)
+        return run(*args)
+
+    def below_autograd(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    _lib.impl(name, lambda *args: differentiable(args, below_autograd, None), "Autograd")
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or not _plain(args[:given]):
+            return op(*args)
+        return differentiable(args, kernel, returned)
+
+    return call
 
 
 def _primitives(backend: str) -> Any:
@@ -57,7 +129,7 @@ def _float(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape, dtype=torch.float32)
 
 
-def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
+def _no_double_backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
     raise RuntimeError(
         "fnac_kernels' compiled backends have no second derivative; use backend='reference' where you need one"
     )
@@ -108,14 +180,14 @@ def _feature_backward_fake(img, aud, *args):
     return _like_features(img, aud, *args[-3:])
 
 
-_define(
+feature_backward = _define(
     "feature_backward(Tensor img, Tensor? aud, float tau, Tensor? grad_logits, Tensor? argmax, Tensor? grad_maps, "
     "Tensor? mask, Tensor? grad_avg, Tensor? grad_foreground, bool need_img, bool need_aud, str backend) "
     "-> (Tensor, Tensor)",
     _feature_backward,
     _feature_backward_fake,
+    _no_double_backward,
 )
-torch.library.register_autograd("fnac_kernels::feature_backward", _no_double_backward, lib=_lib)
 
 
 def _call_feature_backward(
@@ -127,7 +199,7 @@ def _call_feature_backward(
     **grads: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     names = ("grad_logits", "argmax", "grad_maps", "mask", "grad_avg", "grad_foreground")
-    dimg, daud = torch.ops.fnac_kernels.feature_backward(
+    dimg, daud = feature_backward(
         img, aud, ctx.tau, *(grads.get(name) for name in names), need_img, need_aud, ctx.backend
     )
     return dimg if need_img else None, daud if need_aud else None
@@ -153,7 +225,7 @@ def _max_logits_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
     ctx.save_for_backward(img, aud, output[1])
 
 
-def _max_logits_backward(ctx: Any, grad_logits: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+def _max_logits_backward(ctx: Any, grad_logits: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_logits is None:
         return None, None, None, None
     img, aud, argmax = ctx.saved_tensors
@@ -161,13 +233,13 @@ def _max_logits_backward(ctx: Any, grad_logits: Tensor | None, _: Any) -> tuple[
     return *_call_feature_backward(ctx, img, aud, *need, grad_logits=grad_logits, argmax=argmax), None, None
 
 
-_define(
+max_logits = _define(
     "max_logits(Tensor img, Tensor aud, float tau, str backend) -> (Tensor, Tensor)",
     _max_logits,
     _max_logits_fake,
-)
-torch.library.register_autograd(
-    "fnac_kernels::max_logits", _max_logits_backward, setup_context=_max_logits_setup, lib=_lib
+    _max_logits_backward,
+    _max_logits_setup,
+    returned=1,
 )
 
 
@@ -216,14 +288,13 @@ def _pool_pairs_backward(
     return dimg, daud, None, None, None, None
 
 
-_define(
+pool_pairs = _define(
     "pool_pairs(Tensor img, Tensor aud, float tau, float threshold, bool pooled, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _pool_pairs,
     _pool_pairs_fake,
-)
-torch.library.register_autograd(
-    "fnac_kernels::pool_pairs", _pool_pairs_backward, setup_context=_pool_pairs_setup, lib=_lib
+    _pool_pairs_backward,
+    _pool_pairs_setup,
 )
 
 
@@ -246,21 +317,21 @@ def _foreground_pool_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
     ctx.save_for_backward(img, output[1])
 
 
-def _foreground_pool_backward(ctx: Any, grad_foreground: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+def _foreground_pool_backward(ctx: Any, grad_foreground: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_foreground is None or not ctx.needs_input_grad[0]:
         return None, None, None, None
     img, mask = ctx.saved_tensors
-    dimg, _ = _call_feature_backward(ctx, img, None, True, False, mask=mask, grad_foreground=grad_foreground)
+    dimg = _call_feature_backward(ctx, img, None, True, False, mask=mask, grad_foreground=grad_foreground)[0]
     return dimg, None, None, None
 
 
-_define(
+foreground_pool = _define(
     "foreground_pool(Tensor img, Tensor maps, float threshold, str backend) -> (Tensor, Tensor)",
     _foreground_pool,
     _foreground_pool_fake,
-)
-torch.library.register_autograd(
-    "fnac_kernels::foreground_pool", _foreground_pool_backward, setup_context=_foreground_pool_setup, lib=_lib
+    _foreground_pool_backward,
+    _foreground_pool_setup,
+    returned=1,
 )
 
 
@@ -304,7 +375,7 @@ def _adjacency_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 def _adjacency_backward(
     ctx: Any, grad_loss: Tensor | None, grad_terms: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.fnac_kernels.adjacency_backward(
+    grads = adjacency_backward(
         grad_loss, grad_terms, *ctx.saved_tensors, ctx.tau, ctx.weights, ctx.adjacency_threshold, ctx.backend
     )
     wanted = (grad if needed else None for grad, needed in zip(grads, _wanted(ctx, 0, 1, 2, 3), strict=True))
@@ -344,23 +415,24 @@ def _adjacency_backward_fake(grad_loss, grad_terms, logits, aud, img_avg, foregr
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (logits, aud, img_avg, foreground))
 
 
-_define(
+adjacency_contrastive = _define(
     "adjacency_contrastive(Tensor logits, Tensor aud, Tensor img_avg, Tensor foreground, float tau, float[] weights, "
     "float? adjacency_threshold, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _adjacency,
     _adjacency_fake,
+    _adjacency_backward,
+    _adjacency_setup,
+    returned=2,
 )
-torch.library.register_autograd(
-    "fnac_kernels::adjacency_contrastive", _adjacency_backward, setup_context=_adjacency_setup, lib=_lib
-)
-_define(
+adjacency_backward = _define(
     "adjacency_backward(Tensor? grad_loss, Tensor? grad_terms, Tensor logits, Tensor aud, Tensor img_avg, "
     "Tensor foreground, Tensor row_stats, Tensor col_lse, float tau, float[] weights, float? adjacency_threshold, "
     "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _adjacency_backward_op,
     _adjacency_backward_fake,
+    _no_double_backward,
+    given=6,
 )
-torch.library.register_autograd("fnac_kernels::adjacency_backward", _no_double_backward, lib=_lib)
 
 
 # --- fnac_loss ------------------------------------------------------------------------------------------------------
@@ -415,7 +487,7 @@ def _fnac_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 def _fnac_loss_backward(
     ctx: Any, grad_loss: Tensor | None, grad_terms: Tensor | None, grad_maps: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:
-    dimg, daud = torch.ops.fnac_kernels.fnac_loss_backward(
+    dimg, daud = fnac_loss_backward(
         grad_loss,
         grad_terms,
         grad_maps,
@@ -489,21 +561,22 @@ def _fnac_loss_backward_fake(grad_loss, grad_terms, grad_maps, img, aud, *args):
     return _like_features(img, aud, *args[-3:])
 
 
-_define(
+fnac_loss = _define(
     "fnac_loss(Tensor img, Tensor aud, float tau, float threshold, float[] weights, float? adjacency_threshold, "
     "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fnac_loss,
     _fnac_loss_fake,
+    _fnac_loss_backward,
+    _fnac_loss_setup,
+    returned=3,
 )
-torch.library.register_autograd(
-    "fnac_kernels::fnac_loss", _fnac_loss_backward, setup_context=_fnac_loss_setup, lib=_lib
-)
-_define(
+fnac_loss_backward = _define(
     "fnac_loss_backward(Tensor? grad_loss, Tensor? grad_terms, Tensor? grad_maps, Tensor img, Tensor aud, "
     "Tensor logits, Tensor argmax, Tensor mask, Tensor img_avg, Tensor foreground, Tensor row_stats, Tensor col_lse, "
     "float tau, float[] weights, float? adjacency_threshold, bool need_img, bool need_aud, str backend) "
     "-> (Tensor, Tensor)",
     _fnac_loss_backward_op,
     _fnac_loss_backward_fake,
+    _no_double_backward,
+    given=5,
 )
-torch.library.register_autograd("fnac_kernels::fnac_loss_backward", _no_double_backward, lib=_lib)

@@ -17,20 +17,19 @@ def features(img: Tensor, aud: Tensor, *, paired: bool = False) -> None:
     tensor(img, "img", 4, "(N, C, H, W)")
     tensor(aud, "aud", 2, "(M, C)")
     same(aud, "aud", img, "img")
-    if img.shape[1] != aud.shape[1]:
-        raise ValueError(f"aud has {aud.shape[1]} channels, img has {img.shape[1]}; they should be equal")
-    cells(img)
-    if paired and img.shape[0] != aud.shape[0]:
+    (n, c, h, w), (m, channels) = img.shape, aud.shape
+    if c != channels:
+        raise ValueError(f"aud has {channels} channels, img has {c}; they should be equal")
+    cells(h, w)
+    if paired and n != m:
         raise ValueError(
-            f"aud has {aud.shape[0]} rows, img has {img.shape[0]}; this function pairs row n of img with row n of aud, "
-            "so N should equal M"
+            f"aud has {m} rows, img has {n}; this function pairs row n of img with row n of aud, so N should equal M"
         )
 
 
-def cells(img: Tensor) -> None:
-    count = img.shape[2] * img.shape[3]
-    if count > MAX_CELLS:
-        raise ValueError(f"img has {img.shape[2]} x {img.shape[3]} = {count} cells; at most {MAX_CELLS} are supported")
+def cells(h: int, w: int) -> None:
+    if h * w > MAX_CELLS:
+        raise ValueError(f"img has {h} x {w} = {h * w} cells; at most {MAX_CELLS} are supported")
 
 
 def tensor(x: Tensor, name: str, dims: int, shape: str) -> None:
@@ -66,6 +65,8 @@ def temperature(tau: float) -> float:
 
 
 def number(value: float, name: str) -> float:
+    if type(value) in (int, float) and math.isfinite(value):
+        return float(value)
     if isinstance(value, Tensor):
         raise TypeError(f"{name} is a tensor; it should be a Python number (it gets no gradient)")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -82,5 +83,5 @@ def optional_number(value: float | None, name: str) -> float | None:
 def weights(values: Sequence[float]) -> tuple[float, float, float, float]:
     if isinstance(values, Tensor) or not isinstance(values, Sequence) or len(values) != 4:
         raise ValueError(f"weights is {values!r}; it should be four numbers (nce, fns_audio, tne, fns_visual)")
-    nce, fns_audio, tne, fns_visual = (number(v, f"weights[{i}]") for i, v in enumerate(values))
+    nce, fns_audio, tne, fns_visual = map(number, values, ("weights[0]", "weights[1]", "weights[2]", "weights[3]"))
     return nce, fns_audio, tne, fns_visual

@@ -24,10 +24,6 @@ from torch import Tensor
 from fnac_kernels import _dispatch, _ops, _validate, reference
 from fnac_kernels.reference import FNACOutput, Terms
 
-_kernels = torch.ops.fnac_kernels
-assert _ops  # importing it registers the operators
-
-
 #: Backends that round a float32 feature map to the products' dtype while they read it: a cast of the map before would
 #: cost more than the products, and its gradient another one.
 _ROUNDS_ITSELF = ("cpu",)
@@ -102,7 +98,7 @@ def fnac_loss(
                 weights=weights,
                 adjacency_threshold=adjacency_threshold,
             )
-    loss, terms, maps, *_ = _kernels.fnac_loss(img, aud, tau, fg_threshold, weights, adjacency_threshold, name)
+    loss, terms, maps, *_ = _ops.fnac_loss(img, aud, tau, fg_threshold, weights, adjacency_threshold, name)
     nce, fns_audio, tne, fns_visual = terms.unbind()
     return FNACOutput(loss, nce, fns_audio, tne, fns_visual, maps)
 
@@ -119,7 +115,7 @@ def max_logits(img: Tensor, aud: Tensor, tau: float = 0.03, *, backend: str | No
     if name == _dispatch.REFERENCE:
         with torch.autocast(img.device.type, enabled=False):
             return reference.max_logits(img, aud, tau)
-    return _kernels.max_logits(img, aud, tau, name)[0]
+    return _ops.max_logits(img, aud, tau, name)[0]
 
 
 def similarity_maps(img: Tensor, aud: Tensor, tau: float = 0.03, *, backend: str | None = None) -> Tensor:
@@ -144,7 +140,7 @@ def paired_maps(img: Tensor, aud: Tensor, tau: float = 0.03, *, backend: str | N
     if name == _dispatch.REFERENCE:
         with torch.autocast(img.device.type, enabled=False):
             return reference.paired_maps(img, aud, tau)
-    return _kernels.pool_pairs(img, aud, tau, 0.0, False, name)[0]
+    return _ops.pool_pairs(img, aud, tau, 0.0, False, name)[0]
 
 
 def foreground_pool(img: Tensor, maps: Tensor, threshold: float = 0.6, *, backend: str | None = None) -> Tensor:
@@ -154,7 +150,7 @@ def foreground_pool(img: Tensor, maps: Tensor, threshold: float = 0.6, *, backen
     gradient.
     """
     _validate.tensor(img, "img", 4, "(N, C, H, W)")
-    _validate.cells(img)
+    _validate.cells(*img.shape[2:])
     _validate.tensor(maps, "maps", 3, "(N, H, W)")
     _validate.same(maps, "maps", img, "img", dtype=False)
     _validate.shape(maps, "maps", (img.shape[0], *img.shape[2:]), "img's (N, H, W)")
@@ -164,7 +160,7 @@ def foreground_pool(img: Tensor, maps: Tensor, threshold: float = 0.6, *, backen
     if name == _dispatch.REFERENCE:
         with torch.autocast(img.device.type, enabled=False):
             return reference.foreground_pool(img, maps, threshold)
-    return _kernels.foreground_pool(img, maps.detach(), threshold, name)[0]
+    return _ops.foreground_pool(img, maps.detach(), threshold, name)[0]
 
 
 def adjacency_contrastive(
@@ -206,7 +202,5 @@ def adjacency_contrastive(
             return reference.adjacency_contrastive(
                 logits, aud, img_avg, foreground, tau, weights=weights, adjacency_threshold=adjacency_threshold
             )
-    _, terms, *_ = _kernels.adjacency_contrastive(
-        logits, aud, img_avg, foreground, tau, weights, adjacency_threshold, name
-    )
+    _, terms, *_ = _ops.adjacency_contrastive(logits, aud, img_avg, foreground, tau, weights, adjacency_threshold, name)
     return Terms(*terms.unbind())

@@ -5,9 +5,14 @@ Every test runs on each backend that is usable here.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
+import torch._dynamo.compiled_autograd
+import torch.utils.checkpoint
 from samples import OPS, USABLE, Sample
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fnac_kernels as fk
 from fnac_kernels import _dispatch, reference
@@ -209,3 +214,110 @@ def test_gradients_add_up_over_outputs_and_calls():
         )
     )
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5 * float(apart.abs().max()))
+
+
+class Noting(TorchDispatchMode):
+    """Notes the operators that are called below it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+class Tagged(torch.Tensor):
+    """A subclass that changes nothing and notes the functions that it is given to."""
+
+    seen: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.seen.append(str(func))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def loss_and_gradients():
+    img, aud = features()
+    out = fk.fnac_loss(img, aud, 0.1)
+    return [out.loss.detach(), out.maps.detach(), *torch.autograd.grad(out.loss + out.maps.sum(), (img, aud))]
+
+
+def equal(got, wanted) -> bool:
+    return all(torch.equal(g, w) for g, w in zip(got, wanted, strict=True))
+
+
+def test_an_ordinary_call_goes_past_the_dispatcher():
+    with torch.autograd.profiler.profile() as ordinary:
+        plain = loss_and_gradients()
+    names = {event.name for event in ordinary.function_events}
+    assert {"fnac_loss", "fnac_lossBackward"} <= names
+    assert not any(name.startswith("fnac_kernels::") for name in names)
+    with Noting() as mode:
+        observed = loss_and_gradients()
+    assert {"fnac_kernels::fnac_loss", "fnac_kernels::fnac_loss_backward"} <= set(mode.seen)
+    assert equal(observed, plain)
+
+
+def test_a_tensor_subclass_sees_the_operator():
+    img, aud = (x.detach() for x in features())
+    Tagged.seen.clear()
+    out = fk.fnac_loss(img.as_subclass(Tagged), aud, 0.1)
+    assert isinstance(out.loss, Tagged)
+    assert any("fnac_kernels.fnac_loss" in name for name in Tagged.seen)
+    assert torch.equal(out.loss.as_subclass(torch.Tensor), fk.fnac_loss(img, aud, 0.1).loss)
+
+
+def test_a_lazily_negated_input_is_negated():
+    img, aud = (x.detach() for x in features())
+    negated = torch._neg_view(-img)  # what the imaginary part of a conjugated tensor is
+    assert negated.is_neg() and negated.is_contiguous()
+    assert equal(fk.fnac_loss(negated, aud, 0.1), fk.fnac_loss(img, aud, 0.1))
+
+
+def test_a_default_device_elsewhere_changes_nothing():
+    img, aud = features()
+    with torch.device("meta"):
+        out = fk.fnac_loss(img, aud, 0.1)
+        gradients = torch.autograd.grad(out.loss + out.maps.sum(), (img, aud))
+    assert equal((out.loss, out.maps, *gradients), loss_and_gradients())
+
+
+def test_vmap_calls_it_for_each():
+    img, aud = (x.detach() for x in features())
+    both = torch.func.vmap(lambda i, a: fk.fnac_loss(i, a, 0.1).loss)(
+        torch.stack((img, img / 2)), torch.stack((aud, aud))
+    )
+    assert equal(both, (fk.fnac_loss(img, aud, 0.1).loss, fk.fnac_loss(img / 2, aud, 0.1).loss))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_program_calls_the_operator(strict):
+    class Module(torch.nn.Module):
+        def forward(self, img, aud):
+            return fk.fnac_loss(img, aud, 0.1).loss
+
+    img, aud = (x.detach() for x in features())
+    program = torch.export.export(Module(), (img, aud), strict=strict)
+    assert "fnac_kernels.fnac_loss" in program.graph_module.code
+    assert torch.equal(program.module()(img / 2, aud), fk.fnac_loss(img / 2, aud, 0.1).loss)
+
+
+def test_a_checkpointed_call_is_the_same():
+    def checkpointed(img, aud):
+        return torch.utils.checkpoint.checkpoint(lambda i, a: fk.fnac_loss(i, a, 0.1), img, aud, use_reentrant=False)
+
+    img, aud = features()
+    out = checkpointed(img, aud)
+    assert equal(torch.autograd.grad(out.loss + out.maps.sum(), (img, aud)), loss_and_gradients()[2:])
+
+
+def test_compiled_autograd_traces_the_backward_operator():
+    img, aud = features()
+    out = fk.fnac_loss(img, aud, 0.1)
+    torch._dynamo.reset()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        (out.loss + out.maps.sum()).backward()
+    assert equal((img.grad, aud.grad), loss_and_gradients()[2:])

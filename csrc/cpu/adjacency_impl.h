@@ -194,10 +194,10 @@ void adjacency(const Adjacency& job) {
         for (int64_t m = 0; m < n; ++m) total += terms[m * 4 + t];
         const double pairs = static_cast<double>(n);
         const double mean = job.weights[t] == 0 ? 0 : total / (t == 0 ? pairs : pairs * pairs);
-        job.losses[1 + t] = static_cast<float>(mean);
+        job.terms[t] = static_cast<float>(mean);
         loss += job.weights[t] == 0 ? 0 : job.weights[t] * mean;
     }
-    job.losses[0] = static_cast<float>(loss);
+    *job.loss = static_cast<float>(loss);
 }
 
 }  // namespace

@@ -66,7 +66,8 @@ struct Adjacency {
     float threshold;
     float* row_stats;         // (n, kRowStats)
     float* col_lse;           // (n)
-    float* losses;            // (5): the weighted sum and the four terms. Forward only.
+    float* loss;              // (): the weighted sum of the terms. Forward only.
+    float* terms;             // (4). Forward only.
     const float* grad_loss;   // (), may be null. Backward only, as is what follows.
     const float* grad_terms;  // (4), may be null
     float* dlogits;

@@ -13,8 +13,8 @@ _ROW_STATS = 16
 _KEPT_FROM = 8 << 20
 
 
-def _floats(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32)
+def _floats(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape, dtype=torch.float32)
 
 
 def _gradient_of(img: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def _gradient_of(img: Tensor) -> Tensor:
 
 def max_logits(img: Tensor, aud: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     shape = (img.shape[0], aud.shape[0])
-    logits, argmax = _floats(*shape), torch.empty(shape, dtype=torch.uint16)
+    logits, argmax = _floats(img, *shape), img.new_empty(shape, dtype=torch.uint16)
     wide = aud.float()
     _native.module().max_logits(
         _native.image(img),
@@ -47,10 +47,10 @@ def pool_pairs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, c, h, w = img.shape
     rows = n if pooled else 0
-    maps, mask = _floats(n, h, w), torch.empty((rows, h, w), dtype=torch.bool)
-    img_avg, foreground = _floats(rows, c), _floats(rows, c)
+    maps, mask = _floats(img, n, h, w), img.new_empty((rows, h, w), dtype=torch.bool)
+    img_avg, foreground = _floats(img, rows, c), _floats(img, rows, c)
     wide = aud.float()
-    outputs = (_native.address(x if pooled else None) for x in (mask, img_avg, foreground))
+    outputs = (mask.data_ptr(), img_avg.data_ptr(), foreground.data_ptr()) if pooled else (0, 0, 0)
     _native.module().pool(
         _native.image(img), wide.data_ptr(), tau, threshold, maps.data_ptr(), *outputs, torch.get_num_threads()
     )
@@ -59,7 +59,7 @@ def pool_pairs(
 
 def foreground_pool(img: Tensor, maps: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     n, c, h, w = img.shape
-    foreground, mask = _floats(n, c), torch.empty((n, h, w), dtype=torch.bool)
+    foreground, mask = _floats(img, n, c), img.new_empty((n, h, w), dtype=torch.bool)
     addresses = (maps.data_ptr(), mask.data_ptr(), 0, foreground.data_ptr())
     _native.module().pool(_native.image(img), 0, 1.0, threshold, *addresses, torch.get_num_threads())
     return foreground, mask
@@ -107,7 +107,7 @@ def adjacency(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, c = aud.shape
     inputs = (logits, aud.float(), img_avg, foreground)
-    losses, row_stats, col_lse = _floats(5), _floats(n, _ROW_STATS), _floats(n)
+    loss, terms, row_stats, col_lse = (_floats(aud, *shape) for shape in ((), (4,), (n, _ROW_STATS), (n,)))
     _native.module().adjacency(
         [x.data_ptr() for x in inputs],
         n,
@@ -117,11 +117,11 @@ def adjacency(
         adjacency_threshold,
         row_stats.data_ptr(),
         col_lse.data_ptr(),
-        losses.data_ptr(),
+        loss.data_ptr(),
+        terms.data_ptr(),
         torch.get_num_threads(),
     )
-    # Copies: an operator's outputs must not share memory.
-    return losses[0].clone(), losses[1:].clone(), row_stats, col_lse
+    return loss, terms, row_stats, col_lse
 
 
 def adjacency_backward(
