@@ -1,4 +1,4 @@
-"""Operator schemas, fake kernels and autograd formulas; nothing else.
+"""Operator schemas, fake kernels, autograd formulas, and how an operator is called; nothing else.
 
 Each operator takes the name of its backend, looks the primitives up in ``_dispatch`` and composes them. The four
 differentiable operators have explicit backward operators, so ``torch.compile`` sees both directions as opaque calls.

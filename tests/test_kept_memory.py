@@ -140,6 +140,21 @@ def test_a_gradient_of_another_size_takes_what_is_a_little_larger_and_otherwise_
     assert abs(grown()) < 4
 
 
+def test_a_small_gradient_has_its_own_block_again_and_frees_no_large_one():
+    memory = _native.module().KeptMemory
+
+    def address(block) -> int:
+        return torch.frombuffer(block, dtype=torch.uint8).data_ptr()
+
+    large = memory(60 * MIB)
+    where = {60: address(large)}
+    del large
+    for size in (3, 5, 3, 5, 60):  # each rounded up to whole huge pages, by more than a quarter of itself
+        block = memory(size * MIB)
+        assert where.setdefault(size, address(block)) == address(block)
+        del block
+
+
 def test_large_scratch_borrows_any_block_that_is_large_enough_and_leaves_it_as_it_was():
     memory = _native.module().KeptMemory
     n = 1200  # half of three matrices of n x n in float32: 9 MB

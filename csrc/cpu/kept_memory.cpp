@@ -13,16 +13,19 @@ namespace fnac {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kLarge = size_t{8} << 20;
 
 struct Block {
     void* data = nullptr;
     size_t bytes = 0;
 };
 
+size_t whole_pages(size_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
+
 // Whole huge pages. A block that is kept is worth them: a channel's slice of all images touches every small
 // page.
 Block map(size_t bytes) {
-    const size_t size = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    const size_t size = whole_pages(bytes);
     void* const mapped =
         mmap(nullptr, size + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (mapped == MAP_FAILED) throw std::bad_alloc();
@@ -107,9 +110,9 @@ Pool& pool() {
 }  // namespace
 
 KeptMemory::KeptMemory(size_t bytes, Use use) : size_(bytes) {
-    Block block = pool().take(bytes, use == Use::kScratch ? kMost : bytes + bytes / 4);
+    Block block = pool().take(bytes, use == Use::kScratch ? kMost : whole_pages(bytes + bytes / 4));
     if (block.data == nullptr) {
-        pool().clear();
+        if (bytes >= kLarge) pool().clear();
         block = map(bytes);
     }
     data_ = block.data;

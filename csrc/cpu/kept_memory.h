@@ -1,16 +1,17 @@
 // Memory for large results and scratch: what one frees is kept for the next.
 //
-// The C library gives blocks of more than 32 MB back to the system as soon as they are freed, and filling
-// fresh pages again costs as much as a fifth of the whole loss (csrc/README.md). A training step frees its
-// gradient of the image features and the next step wants one of the same size.
+// The C library gives blocks of more than 32 MB back to the system as soon as they are freed, smaller ones
+// when they happen to lie at the heap's end, and filling fresh pages again costs as much as a fifth of the
+// whole loss (csrc/README.md). A training step frees its gradient of the image features and the next step
+// wants one of the same size.
 #pragma once
 
 #include <cstddef>
 
 namespace fnac {
 
-// A block of memory, of whole huge pages, left for the next one on destruction. A block that none of those
-// kept fits frees them all before it is allocated: blocks of other sizes do not add up. Throws
+// A block of memory, of whole huge pages, left for the next one on destruction. A block of 8 MB and more that
+// none of those kept fits frees them all before it is allocated: blocks of other sizes do not add up. Throws
 // std::bad_alloc.
 class KeptMemory {
   public:

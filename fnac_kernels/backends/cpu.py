@@ -8,9 +8,9 @@ from torch import Tensor
 from fnac_kernels import _native
 
 _ROW_STATS = 16
-#: Bytes from which a gradient of the image features lies in memory that is kept for the next: smaller ones the C
-#: library keeps anyway.
-_KEPT_FROM = 8 << 20
+#: Bytes from which a gradient of the image features lies in memory that is kept for the next. Of smaller ones filling
+#: fresh pages, which the C library may take for them, costs less than keeping them does.
+_KEPT_FROM = 1 << 20
 
 
 def _floats(like: Tensor, *shape: int) -> Tensor:
