@@ -17,6 +17,8 @@ Source of every formula: arXiv 2303.11302; :mod:`fnac_kernels.reference` spells 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,17 +31,28 @@ from fnac_kernels.reference import FNACOutput, Terms
 _ROUNDS_ITSELF = ("cpu",)
 
 
+@torch.compiler.assume_constant_result
+def _has_autocast(device: str) -> bool:
+    """Whether PyTorch has autocast for a kind of device: it has none for meta tensors, say."""
+    return torch.amp.is_autocast_available(device)
+
+
 def _autocast(backend: str, img: Tensor, aud: Tensor) -> tuple[Tensor, Tensor]:
     """The features in the dtype that autocast asks for on their device; unchanged outside autocast.
 
     Float32 maps stay as they are for a backend that rounds them itself: the embeddings' dtype tells it what to.
     """
     device = img.device.type
-    if not torch.is_autocast_enabled(device) or img.dtype == torch.float64:
+    if img.dtype == torch.float64 or not _has_autocast(device) or not torch.is_autocast_enabled(device):
         return img, aud
     dtype = torch.get_autocast_dtype(device)
     keeps = backend in _ROUNDS_ITSELF and img.dtype == torch.float32
     return img if keeps else img.to(dtype), aud.to(dtype)
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext()
 
 
 def _backend(requested: str | None, x: Tensor) -> str:
@@ -89,7 +102,7 @@ def fnac_loss(
     name = _backend(backend, img)
     img, aud = _autocast(name, img, aud)
     if name == _dispatch.REFERENCE:
-        with torch.autocast(img.device.type, enabled=False):
+        with _without_autocast(img):
             return reference.fnac_loss(
                 img,
                 aud,
@@ -113,7 +126,7 @@ def max_logits(img: Tensor, aud: Tensor, tau: float = 0.03, *, backend: str | No
     name = _backend(backend, img)
     img, aud = _autocast(name, img, aud)
     if name == _dispatch.REFERENCE:
-        with torch.autocast(img.device.type, enabled=False):
+        with _without_autocast(img):
             return reference.max_logits(img, aud, tau)
     return _ops.max_logits(img, aud, tau, name)[0]
 
@@ -127,7 +140,7 @@ def similarity_maps(img: Tensor, aud: Tensor, tau: float = 0.03, *, backend: str
     tau = _validate.temperature(tau)
     _backend(backend, img)  # an order that cannot be followed is an error here too
     img, aud = _autocast(_dispatch.REFERENCE, img, aud)
-    with torch.autocast(img.device.type, enabled=False):
+    with _without_autocast(img):
         return reference.similarity_maps(img, aud, tau)
 
 
@@ -138,7 +151,7 @@ def paired_maps(img: Tensor, aud: Tensor, tau: float = 0.03, *, backend: str | N
     name = _backend(backend, img)
     img, aud = _autocast(name, img, aud)
     if name == _dispatch.REFERENCE:
-        with torch.autocast(img.device.type, enabled=False):
+        with _without_autocast(img):
             return reference.paired_maps(img, aud, tau)
     return _ops.pool_pairs(img, aud, tau, 0.0, False, name)[0]
 
@@ -158,7 +171,7 @@ def foreground_pool(img: Tensor, maps: Tensor, threshold: float = 0.6, *, backen
     name = _backend(backend, img)
     img, _ = _autocast(name, img, img)
     if name == _dispatch.REFERENCE:
-        with torch.autocast(img.device.type, enabled=False):
+        with _without_autocast(img):
             return reference.foreground_pool(img, maps, threshold)
     return _ops.foreground_pool(img, maps.detach(), threshold, name)[0]
 
@@ -196,7 +209,7 @@ def adjacency_contrastive(
     wide = any(x.dtype == torch.float64 for x in (logits, aud, img_avg, foreground))
     name = _dispatch.select(_dispatch.requested(backend), logits.device.type, torch.float64 if wide else torch.float32)
     if name == _dispatch.REFERENCE:
-        with torch.autocast(logits.device.type, enabled=False):
+        with _without_autocast(logits):
             if wide:
                 logits, aud, img_avg, foreground = (x.double() for x in (logits, aud, img_avg, foreground))
             return reference.adjacency_contrastive(

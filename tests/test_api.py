@@ -158,6 +158,24 @@ def spy(monkeypatch):
     return used
 
 
+def test_meta_tensors_have_shapes_gradients_and_no_autocast():
+    img, aud = torch.empty(5, 8, 3, 4, device="meta", requires_grad=True), torch.empty(5, 8, device="meta")
+    _dispatch._warn_reference.cache_clear()
+    with pytest.warns(UserWarning, match="plain PyTorch on meta tensors"):
+        out = fk.fnac_loss(img, aud)
+    out.loss.backward()
+    assert img.grad.shape == img.shape
+    shapes = {
+        out.maps: (5, 3, 4),
+        fk.max_logits(img, aud[:3]): (5, 3),
+        fk.paired_maps(img, aud): (5, 3, 4),
+        fk.similarity_maps(img, aud[:3]): (5, 3, 3, 4),
+        fk.foreground_pool(img, out.maps): (5, 8),
+        fk.adjacency_contrastive(fk.max_logits(img, aud), aud, aud, aud).nce: (),
+    }
+    assert all((x.device.type, x.shape) == ("meta", shape) for x, shape in shapes.items())
+
+
 def test_argument_before_block_before_environment(monkeypatch):
     used = spy(monkeypatch)
     monkeypatch.setenv("FNAC_BACKEND", "reference")
