@@ -8,8 +8,8 @@ from torch import Tensor
 from fnac_kernels import _native
 
 _ROW_STATS = 16
-#: Bytes from which a gradient of the image features lies in memory that is kept for the next. Of smaller ones filling
-#: fresh pages, which the C library may take for them, costs less than keeping them does.
+#: Bytes from which a gradient of the image features lies in memory that is kept for the next: a smaller one would waste
+#: most of a huge page.
 _KEPT_FROM = 1 << 20
 
 
