@@ -24,11 +24,11 @@ ROW_STATS = 16
 _lib = torch.library.Library("fnac_kernels", "DEF")
 
 #: Dispatch keys under which a call of an operator is its autograd formula and its kernel and nothing else.
-_PLAIN_KEYS = (
-    *("CPU", "AutogradCPU", "AutocastCPU"),
-    *("CUDA", "AutogradCUDA", "AutocastCUDA"),
-    *("ADInplaceOrView", "BackendSelect"),
-)
+_PLAIN_KEYS = [
+    "ADInplaceOrView",
+    "BackendSelect",
+    *(f"{key}{x}" for key in ("", "Autograd", "Autocast") for x in ("CPU", "CUDA")),
+]
 _PLAIN = functools.reduce(
     operator.or_, (torch._C.DispatchKeySet(torch._C.DispatchKey.__members__[key]).raw_repr() for key in _PLAIN_KEYS)
 )
