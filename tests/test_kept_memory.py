@@ -39,6 +39,11 @@ def gradient(img: Tensor, aud: Tensor) -> Tensor:
     return torch.autograd.grad(fk.max_logits(img, aud, backend="cpu").sum(), img)[0]
 
 
+def address_of(block) -> int:
+    """Where a block of kept memory lies."""
+    return torch.frombuffer(block, dtype=torch.uint8).data_ptr()
+
+
 def megabytes(field: str) -> float:
     return int(re.search(rf"^{field}:\s*(\d+)", Path("/proc/self/status").read_text(), re.M)[1]) / 1024
 
@@ -118,18 +123,15 @@ def test_a_gradient_of_another_size_takes_what_is_a_little_larger_and_otherwise_
     def grown() -> float:
         return megabytes("VmSize") - before
 
-    def address(block) -> int:
-        return torch.frombuffer(block, dtype=torch.uint8).data_ptr()
-
     block = memory(100 * MIB)
-    first = address(block)
+    first = address_of(block)
     del block
     block = memory(90 * MIB)
-    assert address(block) == first
+    assert address_of(block) == first
     assert memoryview(block).nbytes == 90 * MIB
     del block
     block = memory(100 * MIB)
-    assert address(block) == first
+    assert address_of(block) == first
     del block
     for size in (60, 110):  # wastes too much; does not fit
         other = memory(size * MIB)
@@ -143,15 +145,12 @@ def test_a_gradient_of_another_size_takes_what_is_a_little_larger_and_otherwise_
 def test_a_small_gradient_has_its_own_block_again_and_frees_no_large_one():
     memory = _native.module().KeptMemory
 
-    def address(block) -> int:
-        return torch.frombuffer(block, dtype=torch.uint8).data_ptr()
-
     large = memory(60 * MIB)
-    where = {60: address(large)}
+    where = {60: address_of(large)}
     del large
     for size in (3, 5, 3, 5, 60):  # each rounded up to whole huge pages, by more than a quarter of itself
         block = memory(size * MIB)
-        assert where.setdefault(size, address(block)) == address(block)
+        assert where.setdefault(size, address_of(block)) == address_of(block)
         del block
 
 
@@ -165,12 +164,12 @@ def test_large_scratch_borrows_any_block_that_is_large_enough_and_leaves_it_as_i
     fk.adjacency_contrastive(*inputs, backend="cpu")
     assert 8 < megabytes("VmSize") - before < 12, "kept for the next"
     block = memory(64 * MIB)
-    address = torch.frombuffer(block, dtype=torch.uint8).data_ptr()
+    address = address_of(block)
     assert 64 <= megabytes("VmSize") - before < 68, "a larger result frees it"
     del block
     fk.adjacency_contrastive(*inputs, backend="cpu")
     assert 64 <= megabytes("VmSize") - before < 68
-    assert torch.frombuffer(memory(64 * MIB), dtype=torch.uint8).data_ptr() == address
+    assert address_of(memory(64 * MIB)) == address
 
 
 def test_no_more_is_kept_than_512_mib_and_8_blocks():
