@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="image height and width")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seconds", type=float, default=900.0)
     parser.add_argument(
         "--keep-memory", action="store_true", help="in a process that keeps freed memory, as the fnac command's does"
     )
