@@ -26,3 +26,4 @@ run c-frames $loss frames --rounds 3 --seconds 1
 run d-batch-huge $loss b4096-7x7 --rounds 3 --seconds 1
 run e-batch-huger $loss b8192-7x7 --backends compile cpu --rounds 3 --seconds 1
 run f-memory-kept $loss b32-7x7 b64-7x7 b128-7x7 published b512-7x7 b1024-7x7 b128-14x14 --keep-memory --no-memory
+run g-distributed bench.distributed

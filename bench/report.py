@@ -14,6 +14,11 @@ from bench.results import DIRECTORY, MEMORY_KEPT, Row, Run
 from bench.rivals import BASELINE, CONTENDERS
 
 README = DIRECTORY.parents[1] / "README.md"
+#: What is measured outside of ``python -m bench``, after its operations.
+OTHERS = {
+    "distributed_fnac_loss": "the whole loss of a batch that processes share, forward and backward",
+    "training_step": "two ResNet-18, the loss and the optimizer",
+}
 BEGIN, END = "<!-- bench: made by python -m bench.report -->", "<!-- bench: end -->"
 
 
@@ -72,9 +77,8 @@ def _machine(name: str, runs: Sequence[Run]) -> str:
 
 
 def _place(row: Row) -> tuple[int, int]:
-    """Operations in the order of ``OPS``, the training step after them; float32 first."""
-    ops = list(OPS)
-    return ops.index(row.op) if row.op in ops else len(ops), ("float32", "bfloat16", "float16").index(row.dtype)
+    """Operations in the order of ``OPS``, the others after them; float32 first."""
+    return [*OPS, *OTHERS].index(row.op), ("float32", "bfloat16", "float16").index(row.dtype)
 
 
 def _title(machine: Mapping[str, Any]) -> str:
@@ -106,11 +110,10 @@ def _facts(runs: Sequence[Run]) -> str:
 
 def _markdown(op: str, dtype: str, rows: Sequence[Row]) -> str:
     tried = [row for row in rows if row.status != "not run"]
-    names = [
-        name for name in (*CONTENDERS, "no loss", "fnac's defaults") if any(row.contender == name for row in tried)
-    ]
+    known = (*CONTENDERS, "no loss", "fnac's defaults", "one process")
+    names = [name for name in known if any(row.contender == name for row in tried)]
     ours = [name for name in names if name in CONTENDERS and CONTENDERS[name].ours]
-    what = OPS[op].what if op in OPS else "two ResNet-18, the loss and the optimizer"
+    what = OPS[op].what if op in OPS else OTHERS[op]
     limits = any(row.fraction is not None for row in tried)
     head = ["case", *(f"**{name}**" if name in ours else name for name in names)]
     head += ["of limit", f"peak MB, {BASELINE}", "ours"] if limits else []

@@ -48,7 +48,7 @@ def interleave(
     finally:
         if enabled:
             gc.enable()
-    return {name: _timing(values) for name, values in samples.items()}
+    return {name: timing(values) for name, values in samples.items()}
 
 
 def _repeats(sample: Callable[[Callable[[], object], int], float], step: Callable[[], object]) -> int:
@@ -73,6 +73,7 @@ def _cuda_sample(step: Callable[[], object], repeats: int) -> float:
     return start.elapsed_time(end) / repeats
 
 
-def _timing(milliseconds: list[float]) -> Timing:
+def timing(milliseconds: list[float]) -> Timing:
+    """Percentiles of samples."""
     p20, p50, p80 = torch.tensor(milliseconds, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double())
     return Timing(p20.item(), p50.item(), p80.item(), len(milliseconds))

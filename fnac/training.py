@@ -26,9 +26,8 @@ TERMS = ("loss", "nce", "fns_audio", "tne", "fns_visual")
 class Localization(LightningModule):
     """Trains the two encoders with the FNAC loss, and scores or returns their localization maps.
 
-    The first epochs train with NCE alone, the others with the published weights. Negatives are the other clips of the
-    process's own batch. Random numbers of a step (dropout) depend on ``seed``, rank and step alone, so a resumed run
-    draws what an uninterrupted one would have drawn.
+    The first epochs train with NCE alone, the others with the published weights. Random numbers of a step (dropout)
+    depend on ``seed``, rank and step alone, so a resumed run draws what an uninterrupted one would have drawn.
 
     Args:
         dim: size of the embeddings.
@@ -43,6 +42,8 @@ class Localization(LightningModule):
         weights: of nce, fns_audio, tne, fns_visual after the warm-up. The three distances are means over N * N
             pairs: the published 100 belongs to a batch of 256.
         adjacency_threshold: audio similarity from which a pair is no negative (null: the published method).
+        negatives: where several processes train, "process" compares a clip with those of its own process's batch, as
+            the official code does, and "all" with those of all processes: a batch that one device cannot hold.
         warmup_epochs: epochs that train with NCE alone.
         lr: learning rate of Adam.
         weight_decay: of Adam.
@@ -68,6 +69,7 @@ class Localization(LightningModule):
         fg_threshold: float = 0.6,
         weights: tuple[float, float, float, float] = (1, 100, 100, 100),
         adjacency_threshold: float | None = None,
+        negatives: Literal["process", "all"] = "process",
         warmup_epochs: int = 5,
         lr: float = 1e-4,
         weight_decay: float = 1e-4,
@@ -81,6 +83,8 @@ class Localization(LightningModule):
         super().__init__()
         if warmup_epochs < 0:
             raise ValueError(f"warmup_epochs must be at least 0, got {warmup_epochs}")
+        if negatives not in ("process", "all"):
+            raise ValueError(f'negatives must be "process" or "all", got {negatives!r}')
         if object_alpha is not None and not 0 <= object_alpha <= 1:
             raise ValueError(f"object_alpha must be between 0 and 1, got {object_alpha}")
         # Checkpoints name what the weights mean. What else there is to choose stays the caller's: Lightning's command
@@ -104,7 +108,12 @@ class Localization(LightningModule):
         # In a tuple, out of sight of parameters() and state_dict(): it is no part of the model.
         self._objects = (image_encoder(image_stages, object_weights).eval(),) if object_weights else ()
         self.loss = FNACLoss(
-            tau, fg_threshold=fg_threshold, adjacency_threshold=adjacency_threshold, weights=weights, backend=backend
+            tau,
+            fg_threshold=fg_threshold,
+            adjacency_threshold=adjacency_threshold,
+            weights=weights,
+            backend=backend,
+            distributed=negatives == "all",
         )
         self.weights = self.loss.weights
         self.val_scores = LocalizationScores()

@@ -6,6 +6,7 @@ from fnac_kernels._native import empty_cache
 from fnac_kernels.compat import patch_fnac_avl
 from fnac_kernels.functional import (
     adjacency_contrastive,
+    distributed_fnac_loss,
     fnac_loss,
     foreground_pool,
     max_logits,
@@ -22,6 +23,7 @@ __all__ = [
     "FNACOutput",
     "Terms",
     "adjacency_contrastive",
+    "distributed_fnac_loss",
     "empty_cache",
     "fnac_loss",
     "foreground_pool",

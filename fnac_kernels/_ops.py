@@ -1,6 +1,6 @@
 """Operator schemas, fake kernels, autograd formulas, and how an operator is called; nothing else.
 
-Each operator takes the name of its backend, looks the primitives up in ``_dispatch`` and composes them. The four
+Each operator takes the name of its backend, looks the primitives up in ``_dispatch`` and composes them. The
 differentiable operators have explicit backward operators, so ``torch.compile`` sees both directions as opaque calls.
 ``fnac_loss`` is an operator of its own so that all gradients of the image features meet in one write.
 """
@@ -295,6 +295,76 @@ pool_pairs = _define(
     _pool_pairs_fake,
     _pool_pairs_backward,
     _pool_pairs_setup,
+)
+
+
+# --- pooled_features ------------------------------------------------------------------------------------------------
+
+
+def _pooled_features(
+    img: Tensor, aud: Tensor, tau: float, threshold: float, pooled: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    primitives = _primitives(backend)
+    img, aud = _dense(img, backend), aud.contiguous()
+    logits, argmax = primitives.max_logits(img, aud, tau)
+    maps, mask, img_avg, foreground = primitives.pool_pairs(img, aud[: len(img)], tau, threshold, pooled)
+    return logits, maps, img_avg, foreground, argmax, mask
+
+
+def _pooled_features_fake(
+    img: Tensor, aud: Tensor, tau: float, threshold: float, pooled: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    logits, argmax = _max_logits_fake(img, aud, tau, backend)
+    maps, mask, img_avg, foreground = _pool_pairs_fake(img, aud, tau, threshold, pooled, backend)
+    return logits, maps, img_avg, foreground, argmax, mask
+
+
+def _pooled_features_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    img, aud, ctx.tau, _, _, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(img, aud, *output[4:])
+
+
+def _pooled_features_backward(
+    ctx: Any,
+    grad_logits: Tensor | None,
+    grad_maps: Tensor | None,
+    grad_avg: Tensor | None,
+    grad_foreground: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor | None, ...]:
+    img, aud, argmax, mask = ctx.saved_tensors
+    need_img, need_aud = _wanted(ctx, 0, 1)
+    dimg, daud = _call_feature_backward(
+        ctx,
+        img,
+        aud,
+        need_img,
+        need_aud,
+        grad_logits=grad_logits,
+        argmax=argmax if grad_logits is not None else None,
+        mask=mask if grad_foreground is not None else None,
+        grad_avg=grad_avg,
+        grad_foreground=grad_foreground,
+    )
+    if grad_maps is not None:  # rare, so a second pass may do it: that of the backends pairs all rows of aud
+        n = len(img)
+        dimg_maps, daud_maps = _call_feature_backward(ctx, img, aud[:n], need_img, need_aud, grad_maps=grad_maps)
+        if dimg is not None and dimg_maps is not None:
+            dimg = dimg + dimg_maps
+        if daud is not None and daud_maps is not None:
+            daud = torch.cat((daud[:n] + daud_maps, daud[n:]))
+    return dimg, daud, None, None, None, None
+
+
+pooled_features = _define(
+    "pooled_features(Tensor img, Tensor aud, float tau, float threshold, bool pooled, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _pooled_features,
+    _pooled_features_fake,
+    _pooled_features_backward,
+    _pooled_features_setup,
+    returned=4,
 )
 
 

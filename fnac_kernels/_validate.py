@@ -85,3 +85,15 @@ def weights(values: Sequence[float]) -> tuple[float, float, float, float]:
         raise ValueError(f"weights is {values!r}; it should be four numbers (nce, fns_audio, tne, fns_visual)")
     nce, fns_audio, tne, fns_visual = map(number, values, ("weights[0]", "weights[1]", "weights[2]", "weights[3]"))
     return nce, fns_audio, tne, fns_visual
+
+
+def settings(
+    tau: float, fg_threshold: float, weights_: Sequence[float], adjacency_threshold: float | None
+) -> tuple[float, float, tuple[float, float, float, float], float | None]:
+    """The settings of the loss, checked."""
+    return (
+        temperature(tau),
+        number(fg_threshold, "fg_threshold"),
+        weights(weights_),
+        optional_number(adjacency_threshold, "adjacency_threshold"),
+    )

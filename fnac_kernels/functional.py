@@ -18,13 +18,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fnac_kernels import _dispatch, _ops, _validate, reference
+from fnac_kernels import _dispatch, _distributed, _ops, _validate, reference
 from fnac_kernels.reference import FNACOutput, Terms
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 #: Backends that round a float32 feature map to the products' dtype while they read it: a cast of the map before would
 #: cost more than the products, and its gradient another one.
@@ -95,10 +98,9 @@ def fnac_loss(
         RuntimeError: the requested backend is not usable.
     """
     _validate.features(img, aud, paired=True)
-    tau = _validate.temperature(tau)
-    fg_threshold = _validate.number(fg_threshold, "fg_threshold")
-    weights = _validate.weights(weights)
-    adjacency_threshold = _validate.optional_number(adjacency_threshold, "adjacency_threshold")
+    tau, fg_threshold, weights, adjacency_threshold = _validate.settings(
+        tau, fg_threshold, weights, adjacency_threshold
+    )
     name = _backend(backend, img)
     img, aud = _autocast(name, img, aud)
     if name == _dispatch.REFERENCE:
@@ -114,6 +116,85 @@ def fnac_loss(
     loss, terms, maps, *_ = _ops.fnac_loss(img, aud, tau, fg_threshold, weights, adjacency_threshold, name)
     nce, fns_audio, tne, fns_visual = terms.unbind()
     return FNACOutput(loss, nce, fns_audio, tne, fns_visual, maps)
+
+
+@torch.compiler.disable
+def distributed_fnac_loss(
+    img: Tensor,
+    aud: Tensor,
+    tau: float = 0.03,
+    *,
+    fg_threshold: float = 0.6,
+    weights: Sequence[float] = (1, 100, 100, 100),
+    adjacency_threshold: float | None = None,
+    backend: str | None = None,
+    process_group: ProcessGroup | None = None,
+) -> FNACOutput:
+    """:func:`fnac_loss` of the N pairs that the processes of a group hold together: the sounds of all are negatives.
+
+    Feature maps stay where they are. Processes exchange embeddings, pooled features and sums; each computes the rows
+    of its own images, ``(n, N)`` logits, with the backend's kernels, and its share of the terms in plain PyTorch.
+    All call it together; their numbers of pairs may differ.
+
+    Args:
+        img: ``(n, C, H, W)``, this process's share.
+        aud: ``(n, C)``.
+        process_group: None is the default group. Where ``torch.distributed`` is not in use, or the group is of one
+            process, this is :func:`fnac_loss`.
+
+    The other arguments are :func:`fnac_loss`'s. The weights belong to the whole batch: distances are means over N*N.
+
+    Returns:
+        FNACOutput: terms of the whole batch, the same on each process, and ``maps (n, H, W)`` of its own pairs.
+        Gradients of the terms are summed over processes: if each of W calls ``loss.backward()``, its features get W
+        times the gradient of the loss, and the mean over the processes that DistributedDataParallel takes of the
+        parameters' gradients is the gradient of the loss.
+
+    Raises:
+        ValueError: beyond :func:`fnac_loss`'s, settings, C or dtype differ between processes; all of them raise it.
+
+    Errors of one process alone leave the others waiting, as everywhere in ``torch.distributed``. ``torch.compile``
+    leaves the call to Python. No CUDA graph can hold it: it waits for the others' numbers of pairs.
+    """
+    if _distributed.processes(process_group) == 1:
+        return fnac_loss(
+            img,
+            aud,
+            tau,
+            fg_threshold=fg_threshold,
+            weights=weights,
+            adjacency_threshold=adjacency_threshold,
+            backend=backend,
+        )
+    _validate.features(img, aud, paired=True)
+    tau, fg_threshold, weights, adjacency_threshold = _validate.settings(
+        tau, fg_threshold, weights, adjacency_threshold
+    )
+    name = _backend(backend, img)
+    img, aud = _autocast(name, img, aud)
+    shares = _distributed.agree(
+        aud,
+        process_group,
+        tau=tau,
+        fg_threshold=fg_threshold,
+        weights=weights,
+        adjacency_threshold=adjacency_threshold,
+    )
+    with _without_autocast(img):
+        sounds = _distributed.gather(aud, shares)
+        if name == _dispatch.REFERENCE:
+            logits = reference.max_logits(img, sounds, tau)
+            maps = reference.paired_maps(img, aud, tau)
+            foreground = reference.foreground_pool(img, maps, fg_threshold)
+            img_avg = img.mean(dim=(2, 3), dtype=logits.dtype)
+        else:
+            pooled = bool(weights[2] or weights[3])
+            logits, maps, img_avg, foreground, *_ = _ops.pooled_features(img, sounds, tau, fg_threshold, pooled, name)
+        terms = _distributed.adjacency_contrastive(
+            logits, sounds, img_avg, foreground, tau, weights, adjacency_threshold, shares
+        )
+        loss = sum((w * term for w, term in zip(weights, terms, strict=True) if w), start=logits.new_zeros(()))
+    return FNACOutput(loss, *terms, maps)
 
 
 def max_logits(img: Tensor, aud: Tensor, tau: float = 0.03, *, backend: str | None = None) -> Tensor:

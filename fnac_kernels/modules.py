@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from fnac_kernels import _validate
-from fnac_kernels.functional import fnac_loss
+from fnac_kernels.functional import distributed_fnac_loss, fnac_loss
 from fnac_kernels.reference import FNACOutput
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class FNACLoss(nn.Module):
@@ -16,6 +21,8 @@ class FNACLoss(nn.Module):
 
     ``weights`` can be set between steps: ``(1, 0, 0, 0)`` during the NCE-only warm-up epochs, the published
     ``(1, 100, 100, 100)`` after them. Settings are checked when they are set.
+
+    With ``distributed`` it is :func:`fnac_kernels.distributed_fnac_loss` over ``process_group``.
     """
 
     def __init__(
@@ -26,6 +33,8 @@ class FNACLoss(nn.Module):
         weights: Sequence[float] = (1, 100, 100, 100),
         adjacency_threshold: float | None = None,
         backend: str | None = None,
+        distributed: bool = False,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         self.tau = _validate.temperature(tau)
@@ -33,6 +42,9 @@ class FNACLoss(nn.Module):
         self.weights = weights
         self.adjacency_threshold = _validate.optional_number(adjacency_threshold, "adjacency_threshold")
         self.backend = backend
+        self.distributed, self.process_group = distributed, process_group
+        if process_group is not None and not distributed:
+            raise ValueError("process_group is given; distributed should then be True, it is False")
 
     @property
     def weights(self) -> Sequence[float]:
@@ -43,7 +55,10 @@ class FNACLoss(nn.Module):
         self._weights = _validate.weights(values)
 
     def forward(self, img: Tensor, aud: Tensor) -> FNACOutput:
-        return fnac_loss(
+        loss = fnac_loss
+        if self.distributed:
+            loss = functools.partial(distributed_fnac_loss, process_group=self.process_group)
+        return loss(
             img,
             aud,
             self.tau,
@@ -56,5 +71,5 @@ class FNACLoss(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"tau={self.tau}, fg_threshold={self.fg_threshold}, weights={self.weights}, "
-            f"adjacency_threshold={self.adjacency_threshold}, backend={self.backend!r}"
+            f"adjacency_threshold={self.adjacency_threshold}, backend={self.backend!r}, distributed={self.distributed}"
         )

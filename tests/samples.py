@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fnac_kernels as fk
-from fnac_kernels import _dispatch, reference
+from fnac_kernels import _dispatch, _ops, reference
 
 #: The backends that run here, each on the tensors that it takes.
 USABLE = [name for name, backend in _dispatch.BACKENDS.items() if backend.problem is None]
@@ -158,6 +158,16 @@ def _adjacency(img: Tensor, aud: Tensor, tau: float, backend: str | None) -> tup
     return tuple(fk.adjacency_contrastive(logits, aud, img_avg, foreground, tau, backend=backend))
 
 
+def _pooled_features(img: Tensor, aud: Tensor, tau: float, backend: str | None) -> tuple[Tensor, ...]:
+    # One operator for the distributed loss: more sounds than images, the images' own first.
+    img = img[: len(aud)]
+    if backend != _dispatch.REFERENCE:
+        return _ops.pooled_features(img, aud, tau, 0.6, True, backend)[:4]
+    maps = reference.paired_maps(img, aud[: len(img)], tau)
+    pooled = (reference.foreground_pool(img, maps, threshold) for threshold in (-1.0, 0.6))
+    return reference.max_logits(img, aud, tau), maps, *pooled
+
+
 def _loss(**settings: object) -> Callable[..., tuple[Tensor, ...]]:
     def run(img: Tensor, aud: Tensor, tau: float, backend: str | None) -> tuple[Tensor, ...]:
         return tuple(fk.fnac_loss(img, aud, tau, backend=backend, **settings))
@@ -186,6 +196,7 @@ OPS = [
     ),
     Op("paired_maps", lambda img, aud, tau, backend: (fk.paired_maps(img, aud, tau, backend=backend),)),
     Op("foreground_pool", _foreground_pool),
+    Op("pooled_features", _pooled_features, paired=False),
     Op("adjacency_contrastive", _adjacency),
     Op("fnac_loss", _loss()),
     Op("fnac_loss_nce_only", _loss(weights=(1, 0, 0, 0))),

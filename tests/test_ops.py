@@ -41,7 +41,9 @@ def features(sample: Sample = SMALL[0], *, img: bool = True, aud: bool = True):
 
 
 @pytest.mark.parametrize("sample", SMALL, ids=str)
-@pytest.mark.parametrize("name", ["max_logits", "pool_pairs", "foreground_pool", "adjacency_contrastive", "fnac_loss"])
+@pytest.mark.parametrize(
+    "name", ["max_logits", "pool_pairs", "foreground_pool", "pooled_features", "adjacency_contrastive", "fnac_loss"]
+)
 def test_opcheck(name, sample, backend):
     img, aud = features(sample)
     maps = reference.paired_maps(img.detach(), aud.detach(), 0.1)
@@ -51,6 +53,7 @@ def test_opcheck(name, sample, backend):
         "max_logits": (img, aud, 0.1, backend),
         "pool_pairs": (img, aud, 0.1, 0.6, True, backend),
         "foreground_pool": (img, maps, 0.6, backend),
+        "pooled_features": (img[:3], aud, 0.1, 0.6, True, backend),
         "adjacency_contrastive": (logits, aud, *pooled, 0.1, [1.0, 2.0, 3.0, 4.0], None, backend),
         "fnac_loss": (img, aud, 0.1, 0.6, [1.0, 2.0, 3.0, 4.0], 0.5, backend),
     }

@@ -45,13 +45,13 @@ def run(
     aud.requires_grad_(grads)
     outputs = op.run(img, aud, sample.tau, backend)
     if grads:
-        total = sum((out * _cotangent(i, out)).sum() for i, out in enumerate(outputs))
+        total = sum((out * cotangent(i, out)).sum() for i, out in enumerate(outputs))
         if total.requires_grad:
             total.backward()
     return Run(tuple(o.detach() for o in outputs), img.grad, aud.grad)
 
 
-def _cotangent(position: int, like: Tensor) -> Tensor:
+def cotangent(position: int, like: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(position)
     weight = torch.randn(like.shape, generator=generator, dtype=torch.float64)
     return weight.to(like.device, like.dtype)

@@ -29,11 +29,13 @@ SCRIPT = """
             self.steps = []
 
         def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
-            self.steps.append({"epoch": trainer.current_epoch, "names": batch["name"], "draw": torch.rand(()).item()})
+            loss, draw = outputs["loss"].item(), torch.rand(()).item()
+            self.steps.append({"epoch": trainer.current_epoch, "names": batch["name"], "loss": loss, "draw": draw})
 
     if __name__ == "__main__":
-        root, folder, ckpt_path = sys.argv[1:]
-        model, notes = Localization(dim=16, image_stages=1, audio_stages=1, warmup_epochs=1), Notes()
+        root, folder, ckpt_path, negatives = sys.argv[1:]
+        model = Localization(dim=16, image_stages=1, audio_stages=1, warmup_epochs=1, negatives=negatives)
+        notes = Notes()
         data = ClipData(root, batch_size=4, image_size=48, clip_seconds=0.25)
         saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
         trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, callbacks=[notes, saving],
@@ -52,9 +54,9 @@ def launch(tmp_path_factory, generated):
     script = tmp_path_factory.mktemp("script") / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
 
-    def run(ckpt_path=""):
+    def run(ckpt_path="", negatives="process"):
         folder = tmp_path_factory.mktemp("run")
-        command = [sys.executable, str(script), str(generated), str(folder), str(ckpt_path)]
+        command = [sys.executable, str(script), str(generated), str(folder), str(ckpt_path), negatives]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
@@ -99,3 +101,13 @@ def test_a_resumed_epoch_goes_on_on_every_rank(trained, launch):
     for rank, whole in zip(resumed, ranks, strict=True):
         assert rank["steps"] == whole["steps"][4:]
         assert torch.equal(torch.tensor(rank["weights"]), torch.tensor(whole["weights"]))
+
+
+def test_processes_may_share_one_loss(trained, launch):
+    """Each step's loss is that of the clips of both, so both have the same; on its own each has another."""
+    _, ranks = launch(negatives="all")
+    losses = [[step["loss"] for step in rank["steps"]] for rank in ranks]
+    assert losses[0] == losses[1]
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+    _, apart = trained
+    assert apart[0]["steps"][0]["loss"] != apart[1]["steps"][0]["loss"]

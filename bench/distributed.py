@@ -1,0 +1,134 @@
+"""``python -m bench.distributed``: the loss of a batch that processes share, beside plain PyTorch and one process.
+
+Each process has an equal share of the pairs, and of this machine's threads or a CUDA device of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import fnac_kernels
+from bench import machine, rivals
+from bench.cases import CASES, OPS, TAU, Case
+from bench.report import table
+from bench.results import Row, Run
+from bench.timer import timing
+
+#: The whole batch in one process, which has all threads, while the others wait.
+ALONE = "one process"
+
+
+def contenders(device: str, case: Case) -> dict[str, str]:
+    """Backends by contender: the rows of a process in plain PyTorch (the baseline), and ours."""
+    ours = [c.name for c in rivals.CONTENDERS.values() if c.ours and c.problem(OPS["fnac_loss"], case, device) is None]
+    return {rivals.BASELINE: "reference", **{name: name for name in ours}}
+
+
+def step(loss: Callable[..., Any], img: Tensor, aud: Tensor, **backend: str) -> Callable[[], Tensor]:
+    """Forward and backward; returns the loss."""
+    img, aud = (x.clone(memory_format=torch.preserve_format).requires_grad_() for x in (img, aud))
+
+    def run() -> Tensor:
+        value = loss(img, aud, TAU, **backend).loss
+        torch.autograd.grad(value, (img, aud))
+        return value.detach()
+
+    return run
+
+
+def measure(case: Case, device: torch.device, rounds: int) -> list[Row]:
+    """The rows of a case, for the process of rank 0; the others take part."""
+    rank, processes, threads = dist.get_rank(), dist.get_world_size(), torch.get_num_threads()
+    img, aud = case.features(str(device))
+    share = slice(rank * case.n // processes, (rank + 1) * case.n // processes)
+    steps: dict[str, Callable[[], Tensor]] = {
+        name: step(fnac_kernels.distributed_fnac_loss, img[share], aud[share], backend=backend)
+        for name, backend in contenders(device.type, case).items()
+    }
+    alone = step(fnac_kernels.fnac_loss, img, aud)
+
+    def by_one() -> Tensor:
+        if rank:
+            return aud.new_zeros(())
+        torch.set_num_threads(threads * processes)
+        value = alone()
+        torch.set_num_threads(threads)
+        return value
+
+    steps[ALONE] = by_one
+    values = {name: run().item() for name, run in steps.items()}
+    if rank == 0 and any(abs(x - values[rivals.BASELINE]) > 1e-4 * abs(x) for x in values.values()):
+        raise SystemExit(f"the losses differ: {values}; not timed")
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, run in steps.items():
+            dist.barrier()
+            start = time.perf_counter()
+            run()
+            dist.barrier()  # the slowest counts
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            samples[name].append((time.perf_counter() - start) * 1e3)
+    times = {name: timing(values) for name, values in samples.items()}
+    return [
+        Row("distributed_fnac_loss", f"{case.name}, {processes} processes", "float32", name, "ok", "",
+            t.p20, t.p50, t.p80, t.rounds, times[rivals.BASELINE].p50 / t.p50)
+        for name, t in times.items()
+    ]  # fmt: skip
+
+
+def work(rank: int, options: argparse.Namespace, store: str) -> None:
+    """One process."""
+    device = torch.device(f"cuda:{rank}" if options.device == "cuda" else "cpu")
+    if options.device == "cuda":
+        torch.cuda.set_device(device)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // options.processes))
+    dist.init_process_group(
+        "nccl" if options.device == "cuda" else "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=options.processes,
+    )
+    rows: list[Row] = []
+    for name in options.cases:
+        found = measure(CASES[name], device, options.rounds)
+        rows += found
+        if rank == 0:
+            print(f"{name}, {options.processes} processes\n{table(found)}\n", flush=True)
+    if rank == 0 and options.out:
+        torch.set_num_threads(threads)
+        Run(machine.facts(options.device), {"rounds": options.rounds, "processes": options.processes}, {}, rows).write(
+            options.out
+        )
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.distributed", description=__doc__)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--cases", nargs="+", choices=[c.name for c in CASES.values() if c.paired],
+                        default=["published", "b1024-7x7", "b256-14x14"], metavar="CASE")  # fmt: skip
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, help="write the results here, as JSON")
+    options = parser.parse_args()
+    if options.device == "cuda" and torch.cuda.device_count() < options.processes:
+        parser.error(f"--processes is {options.processes}; there are {torch.cuda.device_count()} CUDA devices")
+    if options.processes < 2:
+        parser.error(f"--processes is {options.processes}; it should be at least 2")
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(work, (options, f"{folder}/store"), nprocs=options.processes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""What processes exchange for the loss of all of their batches together: vectors and sums, never feature maps.
+
+Each process owns the rows of its images. Columns are the sounds of all, its own first and then those of the ranks
+after it, around: the positive of row n is column n on every process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fnac_kernels.reference import Terms
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How many rows each process of ``group`` has, and which of them this one is."""
+
+    sizes: tuple[int, ...]
+    rank: int
+    group: Any = None
+
+    @property
+    def total(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def first(self) -> int:
+        """Where this process's rows begin among those of all."""
+        return sum(self.sizes[: self.rank])
+
+
+def processes(group: Any) -> int:
+    """How many processes share the batch: 1 where ``torch.distributed`` is not in use."""
+    count = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+    if count < 1:
+        raise ValueError("process_group does not contain this process; only its own processes should call this")
+    return count
+
+
+def agree(aud: Tensor, group: Any, **settings: float | Sequence[float] | None) -> Shares:
+    """Learn how many rows each process has.
+
+    Raises:
+        ValueError: the processes differ in the embeddings' size or dtype or in a setting; on every one of them, where
+            otherwise some would wait for the others.
+    """
+    said: dict[str, Sequence[float]] = {"numbers of channels": [aud.shape[1]], "dtypes": [_DTYPES.index(aud.dtype)]}
+    said |= {name: _numbers(value) for name, value in settings.items()}
+    mine = torch.tensor([len(aud), *(x for values in said.values() for x in values)], dtype=torch.float64)
+    all_said = aud.new_empty(dist.get_world_size(group) * len(mine), dtype=torch.float64)
+    dist.all_gather_into_tensor(all_said, mine.to(aud.device), group)
+    sizes, *columns = all_said.view(-1, len(mine)).T.tolist()
+    names = [name for name, values in said.items() for _ in values]
+    for name, column in zip(names, columns, strict=True):
+        if len(set(column)) > 1:
+            by_rank = ", ".join(_shown(name, x) for x in column)
+            raise ValueError(f"the processes have different {name}: {by_rank} by rank; they should have the same")
+    return Shares(tuple(map(int, sizes)), dist.get_rank(group), group)
+
+
+def _numbers(value: float | Sequence[float] | None) -> Sequence[float]:
+    if value is None:
+        return [math.inf]  # finite numbers alone are settings
+    return value if isinstance(value, Sequence) else [value]
+
+
+def _shown(name: str, value: float) -> str:
+    if name == "dtypes":
+        return str(_DTYPES[int(value)])
+    return "None" if value == math.inf else f"{value:g}"
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of all processes, this one's first; the gradient of a row is the sum of what all make of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shares: Shares) -> Tensor:
+        ctx.shares, ctx.dtype = shares, x.dtype
+        most = max(shares.sizes)
+        sent, received = x.new_zeros(most, x.shape[1]), x.new_empty(most * len(shares.sizes), x.shape[1])
+        sent[: len(x)] = x
+        # As bytes: not every backend of torch.distributed knows every dtype.
+        dist.all_gather_into_tensor(received.view(torch.uint8), sent.view(torch.uint8), shares.group)
+        parts = [rows[:size] for rows, size in zip(received.split(most), shares.sizes, strict=True)]
+        return torch.cat(parts[shares.rank :] + parts[: shares.rank])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        shares = ctx.shares
+        # A sum of all rows instead of scattered ones: every backend has it, and vectors are small beside maps.
+        wide = torch.promote_types(ctx.dtype, torch.float32)
+        grad = grad.to(wide).roll(shares.first, 0)
+        dist.all_reduce(grad, group=shares.group)
+        return grad[shares.first :][: shares.sizes[shares.rank]].to(ctx.dtype), None
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the processes, which each of them returns; the gradients that it gets are summed up as well."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+def gather(x: Tensor, shares: Shares) -> Tensor:
+    """The rows of ``x (n, C)`` of all processes ``(N, C)``, this one's first."""
+    return _Gather.apply(x, shares)
+
+
+def adjacency_contrastive(
+    logits: Tensor,
+    aud: Tensor,
+    img_avg: Tensor,
+    foreground: Tensor,
+    tau: float,
+    weights: Sequence[float],
+    adjacency_threshold: float | None,
+    shares: Shares,
+) -> Terms:
+    """The four terms of the whole batch, by rows in plain PyTorch; a term of weight 0 is not computed and is 0.
+
+    Args:
+        logits: ``(n, N)``, this process's rows.
+        aud: ``(N, C)``, gathered.
+        img_avg, foreground: ``(n, C)``, this process's own; they are gathered where a term wants them.
+    """
+    n, total = logits.shape
+    aud = aud.to(logits.dtype)
+    own = torch.zeros(4, dtype=logits.dtype, device=logits.device).unbind()
+    nce, fns_audio, tne, fns_visual = own
+
+    def adjacency(features: Tensor) -> Tensor:
+        return torch.softmax(features[:n] @ features.T / tau, dim=1)
+
+    if weights[0]:
+        kept = logits
+        if adjacency_threshold is not None:
+            others = ~torch.eye(n, total, dtype=torch.bool, device=logits.device)
+            kept = logits.masked_fill((aud[:n] @ aud.T >= adjacency_threshold).detach() & others, -math.inf)
+        # A column's sum runs over the rows of all processes: each has its part, and finishes its own columns.
+        parts = gather(
+            kept.logsumexp(0).roll(shares.first)[None], Shares((1,) * len(shares.sizes), shares.rank, shares.group)
+        )
+        columns = parts[:, shares.first :][:, :n].logsumexp(0)
+        nce = (kept.logsumexp(1) + columns - 2 * kept.diagonal()).sum() / total
+    if weights[1] or weights[2]:
+        of_aud = adjacency(aud)
+    if weights[1] or weights[3]:
+        of_logits = torch.softmax(logits, dim=1)
+    if weights[1]:
+        fns_audio = (of_aud - of_logits).abs().sum() / total**2
+    if weights[2]:
+        tne = (of_aud - adjacency(gather(foreground, shares))).abs().sum() / total**2
+    if weights[3]:
+        fns_visual = (adjacency(gather(img_avg, shares)) - of_logits).abs().sum() / total**2
+    return Terms(*_Sum.apply(torch.stack((nce, fns_audio, tne, fns_visual)), shares.group).unbind())

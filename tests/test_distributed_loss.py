@@ -1,0 +1,99 @@
+"""The loss of a batch that processes share equals the loss of the batch in one process: values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from processes import CASES, TWELVE, WORLD, Encoders, step, trained, work
+from tolerance import Run, assert_as_good_as_torch
+
+import fnac_kernels as fk
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each process found."""
+    folder = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(work, (str(folder),), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+def together(found) -> Run:
+    """The processes' results as those of one; they agree on the terms."""
+    for rank in found:
+        for term, first in zip(rank["outputs"][:-1], found[0]["outputs"][:-1], strict=True):
+            assert torch.equal(term, first)
+    dimg, daud, maps = (
+        torch.cat(x) for x in zip(*((r["dimg"], r["daud"], r["outputs"][-1]) for r in found), strict=True)
+    )
+    return Run((*found[0]["outputs"][:-1], maps), dimg, daud)
+
+
+def alone(name, backend, dtype) -> Run:
+    """The case in one process."""
+    case = CASES[name]
+    case = type(case)(case.sample, case.sizes, backend, dtype, case.settings)
+    return Run(**step(case, slice(None), fk.fnac_loss))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_are_those_of_one_process(ranks, name):
+    case = CASES[name]
+    got, exact = together([rank[name] for rank in ranks]), alone(name, "reference", torch.float64)
+    if case.dtype == torch.float64:
+        for x, y in zip((*got.outputs, got.dimg, got.daud), (*exact.outputs, exact.dimg, exact.daud), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-11)
+    else:
+        assert_as_good_as_torch(got, alone(name, "reference", None), exact, case.sample.dtype)
+
+
+def test_without_gradients_the_values_are_the_same(ranks):
+    img, aud = TWELVE.features()
+    for rank in ranks:
+        torch.testing.assert_close(rank["no_grad"][:-1], tuple(fk.fnac_loss(img, aud)[:-1]), rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_rounds_as_in_one_process(ranks):
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = fk.fnac_loss(*TWELVE.features())
+    for rank in ranks:
+        torch.testing.assert_close(rank["autocast"][:-1], tuple(expected[:-1]), rtol=1e-4, atol=1e-4)
+
+
+def test_it_runs_in_compiled_code(ranks):
+    for rank in ranks:
+        torch.testing.assert_close(rank["compiled"], rank["twice as large"])
+
+
+def test_a_group_of_some_processes_shares_among_them(ranks):
+    expected = fk.fnac_loss(*TWELVE.features())
+    for rank in (0, 2):
+        torch.testing.assert_close(ranks[rank]["pair"][:-1], tuple(expected[:-1]), rtol=1e-4, atol=1e-4)
+    assert "process_group does not contain this process" in ranks[1]["outside"]
+
+
+def test_averaged_gradients_of_parameters_are_those_of_the_loss(ranks):
+    for rank in ranks:
+        for got, expected in zip(rank["trained"], trained(Encoders(), fk.FNACLoss()), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_processes_that_differ_all_say_in_what(ranks):
+    expected = [
+        "the processes have different tau: 0.1, 1.1, 2.1 by rank; they should have the same",
+        "the processes have different weights: 5, 4, 4 by rank; they should have the same",
+        "the processes have different adjacency_threshold: 0.5, None, None by rank; they should have the same",
+        "the processes have different numbers of channels: 9, 8, 8 by rank; they should have the same",
+    ]
+    assert [rank["errors"] for rank in ranks] == [expected] * WORLD
+
+
+def test_one_process_needs_no_group():
+    img, aud = TWELVE.features()
+    for got, expected in zip(fk.distributed_fnac_loss(img, aud), fk.fnac_loss(img, aud), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_a_group_without_distributed_is_an_error():
+    with pytest.raises(ValueError, match="process_group is given; distributed should then be True"):
+        fk.FNACLoss(process_group=object())
