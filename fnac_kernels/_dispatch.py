@@ -13,7 +13,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,6 +27,7 @@ PRIMITIVES = (
     "adjacency_backward",
 )
 REFERENCE = "reference"
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,13 @@ class Backend:
         if self.problem is not None:
             raise RuntimeError(f"fnac_kernels backend {self.name!r} is not available: {self.problem}")
         return self._imported
+
+
+def constant_when_compiled(function: F) -> F:
+    """``torch.compiler.assume_constant_result``, which imports the compiler at once: two seconds that a program may
+    never need."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def _probe_cpu() -> str | None:
@@ -157,7 +165,7 @@ def requested(backend: str | None) -> str | None:
     return _override if _override is not None else _from_environment()
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _from_environment() -> str | None:
     name = os.environ.get("FNAC_BACKEND") or None
     if name is not None:
@@ -165,7 +173,7 @@ def _from_environment() -> str | None:
     return name
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def select(name: str | None, device: str, dtype: torch.dtype) -> str:
     """The backend that serves tensors of this device and dtype. A request (``name``) never falls back.
 

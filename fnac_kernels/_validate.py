@@ -65,15 +65,17 @@ def temperature(tau: float) -> float:
 
 
 def number(value: float, name: str) -> float:
-    if type(value) in (int, float) and math.isfinite(value):
-        return float(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        try:
+            value = float(value)
+        except OverflowError:  # an integer
+            value = math.inf
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}; it should be finite")
+        return value
     if isinstance(value, Tensor):
         raise TypeError(f"{name} is a tensor; it should be a Python number (it gets no gradient)")
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} is {value!r}; it should be a number")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} is {value}; it should be finite")
-    return float(value)
+    raise TypeError(f"{name} is {value!r}; it should be a number")
 
 
 def optional_number(value: float | None, name: str) -> float | None:

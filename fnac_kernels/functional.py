@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _ROUNDS_ITSELF = ("cpu",)
 
 
-@torch.compiler.assume_constant_result
+@_dispatch.constant_when_compiled
 def _has_autocast(device: str) -> bool:
     """Whether PyTorch has autocast for a kind of device: it has none for meta tensors, say."""
     return torch.amp.is_autocast_available(device)
@@ -118,7 +118,7 @@ def fnac_loss(
     return FNACOutput(loss, nce, fns_audio, tne, fns_visual, maps)
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # torch.compiler.disable would import the compiler at once
 def distributed_fnac_loss(
     img: Tensor,
     aud: Tensor,

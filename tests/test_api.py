@@ -16,7 +16,9 @@ import torch
 import fnac_kernels as fk
 from fnac_kernels import _dispatch, _native
 
-ALL = ["max_logits", "similarity_maps", "paired_maps", "foreground_pool", "adjacency_contrastive", "fnac_loss"]
+LOSSES = ["fnac_loss", "distributed_fnac_loss"]
+ON_PAIRS = ["paired_maps", *LOSSES]
+ON_FEATURES = ["max_logits", "similarity_maps", *ON_PAIRS]
 
 
 def test_names_and_docstrings():
@@ -28,8 +30,14 @@ def test_names_and_docstrings():
     assert defaults == {
         "tau": 0.03, "fg_threshold": 0.6, "weights": (1, 100, 100, 100), "adjacency_threshold": None, "backend": None,
     }  # fmt: skip
-    for name in ALL:
+    for name in (*ON_FEATURES, "foreground_pool", "adjacency_contrastive"):
         assert inspect.signature(getattr(fk, name)).parameters["backend"].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+def test_the_import_is_not_that_of_the_compiler():
+    """It takes two seconds, and a process that compiles nothing does without."""
+    code = "import sys, fnac_kernels; print([name for name in sys.modules if name.startswith('torch._dynamo')])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------
@@ -55,6 +63,7 @@ TAU_ERRORS = [
     (0.0, ValueError, "tau is 0.0; it should be positive"),
     (-1, ValueError, "tau is -1.0; it should be positive"),
     (float("nan"), ValueError, "tau is nan; it should be finite"),
+    (10**400, ValueError, "tau is inf; it should be finite"),
     (torch.tensor(0.1), TypeError, "tau is a tensor; it should be a Python number"),
     ("0.1", TypeError, "tau is '0.1'; it should be a number"),
 ]
@@ -71,7 +80,7 @@ def _no_kernel(monkeypatch):
 
 
 @pytest.mark.usefixtures("_no_kernel")
-@pytest.mark.parametrize("name", ["max_logits", "similarity_maps", "paired_maps", "fnac_loss"])
+@pytest.mark.parametrize("name", ON_FEATURES)
 @pytest.mark.parametrize(("features", "error", "message"), FEATURE_ERRORS)
 def test_bad_features_are_named(name, features, error, message):
     with pytest.raises(error, match=message):
@@ -79,7 +88,7 @@ def test_bad_features_are_named(name, features, error, message):
 
 
 @pytest.mark.usefixtures("_no_kernel")
-@pytest.mark.parametrize("name", ["max_logits", "similarity_maps", "paired_maps", "fnac_loss"])
+@pytest.mark.parametrize("name", ON_FEATURES)
 @pytest.mark.parametrize(("tau", "error", "message"), TAU_ERRORS)
 def test_bad_temperatures_are_named(name, tau, error, message):
     with pytest.raises(error, match=message):
@@ -87,7 +96,7 @@ def test_bad_temperatures_are_named(name, tau, error, message):
 
 
 @pytest.mark.usefixtures("_no_kernel")
-@pytest.mark.parametrize("name", ["paired_maps", "fnac_loss"])
+@pytest.mark.parametrize("name", ON_PAIRS)
 def test_pairing_needs_equal_counts(name):
     with pytest.raises(ValueError, match=r"aud has 3 rows, img has 4; .* N should equal M"):
         getattr(fk, name)(IMG, AUD[:3])
