@@ -81,7 +81,7 @@ def _shown(name: str, value: float) -> str:
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of all processes, this one's first; the gradient of a row is the sum of what all make of it."""
+    """Rows of all processes, by rank; the gradient of a row is the sum of what all make of it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shares: Shares) -> Tensor:
@@ -91,41 +91,21 @@ class _Gather(torch.autograd.Function):
         sent[: len(x)] = x
         # As bytes: not every backend of torch.distributed knows every dtype.
         dist.all_gather_into_tensor(received.view(torch.uint8), sent.view(torch.uint8), shares.group)
-        parts = [rows[:size] for rows, size in zip(received.split(most), shares.sizes, strict=True)]
-        return torch.cat(parts[shares.rank :] + parts[: shares.rank])
+        return torch.cat([rows[:size] for rows, size in zip(received.split(most), shares.sizes, strict=True)])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         shares = ctx.shares
         # A sum of all rows instead of scattered ones: every backend has it, and vectors are small beside maps.
-        wide = torch.promote_types(ctx.dtype, torch.float32)
-        grad = grad.to(wide).roll(shares.first, 0)
+        grad = grad.to(torch.promote_types(ctx.dtype, torch.float32), copy=True)
         dist.all_reduce(grad, group=shares.group)
         return grad[shares.first :][: shares.sizes[shares.rank]].to(ctx.dtype), None
 
 
-class _Sum(torch.autograd.Function):
-    """The sum over the processes, which each of them returns; the gradients that it gets are summed up as well."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        x = x.clone()
-        dist.all_reduce(x, group=group)
-        return x
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
-
-
 def gather(x: Tensor, shares: Shares) -> Tensor:
-    """The rows of ``x (n, C)`` of all processes ``(N, C)``, this one's first."""
-    return _Gather.apply(x, shares)
+    """The rows of ``x (n, C)`` of all processes ``(N, C)``, this one's first and then those of the ranks after it."""
+    return _Gather.apply(x, shares).roll(-shares.first, 0)
 
 
 def adjacency_contrastive(
@@ -147,31 +127,42 @@ def adjacency_contrastive(
     """
     n, total = logits.shape
     aud = aud.to(logits.dtype)
-    own = torch.zeros(4, dtype=logits.dtype, device=logits.device).unbind()
-    nce, fns_audio, tne, fns_visual = own
 
     def adjacency(features: Tensor) -> Tensor:
         return torch.softmax(features[:n] @ features.T / tau, dim=1)
 
+    def distance(x: Tensor, y: Tensor) -> Tensor:
+        return (x - y).abs().sum() / total**2
+
+    # What this process has of each term, of the log-sum-exp of each column of the logits, and of their positives.
+    nce = fns_audio = tne = fns_visual = logits.new_zeros(())
+    columns = positives = logits.new_empty(0)
     if weights[0]:
         kept = logits
         if adjacency_threshold is not None:
             others = ~torch.eye(n, total, dtype=torch.bool, device=logits.device)
             kept = logits.masked_fill((aud[:n] @ aud.T >= adjacency_threshold).detach() & others, -math.inf)
-        # A column's sum runs over the rows of all processes: each has its part, and finishes its own columns.
-        parts = gather(
-            kept.logsumexp(0).roll(shares.first)[None], Shares((1,) * len(shares.sizes), shares.rank, shares.group)
-        )
-        columns = parts[:, shares.first :][:, :n].logsumexp(0)
-        nce = (kept.logsumexp(1) + columns - 2 * kept.diagonal()).sum() / total
+        nce = (kept.logsumexp(1) - kept.diagonal()).sum() / total
+        columns = kept.logsumexp(0).roll(shares.first)
+        positives = torch.nn.functional.pad(kept.diagonal(), (0, total - n)).roll(shares.first)
     if weights[1] or weights[2]:
         of_aud = adjacency(aud)
     if weights[1] or weights[3]:
         of_logits = torch.softmax(logits, dim=1)
+    if weights[2] or weights[3]:
+        img_avg, foreground = gather(torch.cat((img_avg, foreground), 1), shares).tensor_split(2, 1)
     if weights[1]:
-        fns_audio = (of_aud - of_logits).abs().sum() / total**2
+        fns_audio = distance(of_aud, of_logits)
     if weights[2]:
-        tne = (of_aud - adjacency(gather(foreground, shares))).abs().sum() / total**2
+        tne = distance(of_aud, adjacency(foreground))
     if weights[3]:
-        fns_visual = (adjacency(gather(img_avg, shares)) - of_logits).abs().sum() / total**2
-    return Terms(*_Sum.apply(torch.stack((nce, fns_audio, tne, fns_visual)), shares.group).unbind())
+        fns_visual = distance(adjacency(img_avg), of_logits)
+
+    own = torch.cat((torch.stack((nce, fns_audio, tne, fns_visual)), columns, positives))
+    # By rank, so that all processes sum up in one order.
+    parts = _Gather.apply(own[None], Shares((1,) * len(shares.sizes), shares.rank, shares.group))
+    nce, fns_audio, tne, fns_visual = parts[:, :4].sum(0).unbind()
+    if weights[0]:
+        columns, positives = parts[:, 4:].tensor_split(2, 1)
+        nce = nce + (columns.logsumexp(0) - positives.sum(0)).mean()
+    return Terms(nce, fns_audio, tne, fns_visual)
