@@ -30,10 +30,6 @@ class Shares:
     group: Any = None
 
     @property
-    def total(self) -> int:
-        return sum(self.sizes)
-
-    @property
     def first(self) -> int:
         """Where this process's rows begin among those of all."""
         return sum(self.sizes[: self.rank])

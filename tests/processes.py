@@ -86,9 +86,9 @@ def trained(encoders: nn.Module, loss: nn.Module, rows: slice = slice(None)) -> 
 
 def error(**settings: Any) -> str:
     """What a call with settings that differ says; all processes get there."""
-    channels = settings.pop("channels", 8)
+    channels, dtype = settings.pop("channels", 8), settings.pop("dtype", torch.float32)
     try:
-        fk.distributed_fnac_loss(torch.randn(2, channels, 2, 2), torch.randn(2, channels), **settings)
+        fk.distributed_fnac_loss(*(torch.ones(2, channels, *size, dtype=dtype) for size in ((2, 2), ())), **settings)
     except ValueError as raised:
         return str(raised)
     return "no error"
@@ -127,6 +127,7 @@ def work(rank: int, folder: str) -> None:
         error(weights=(1, 2, 3, 4 if rank else 5)),
         error(adjacency_threshold=None if rank else 0.5),
         error(channels=8 if rank else 9),
+        error(dtype=torch.bfloat16 if rank else torch.float16),
     ]
     torch.save(found, Path(folder, f"{rank}.pt"))
     dist.destroy_process_group()

@@ -84,6 +84,8 @@ def test_processes_that_differ_all_say_in_what(ranks):
         "the processes have different weights: 5, 4, 4 by rank; they should have the same",
         "the processes have different adjacency_threshold: 0.5, None, None by rank; they should have the same",
         "the processes have different numbers of channels: 9, 8, 8 by rank; they should have the same",
+        "the processes have different dtypes: torch.float16, torch.bfloat16, torch.bfloat16 by rank; they should have "
+        "the same",
     ]
     assert [rank["errors"] for rank in ranks] == [expected] * WORLD
 
