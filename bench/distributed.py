@@ -74,9 +74,9 @@ def measure(case: Case, device: torch.device, rounds: int) -> list[Row]:
             dist.barrier()
             start = time.perf_counter()
             run()
-            dist.barrier()  # the slowest counts
             if device.type == "cuda":
                 torch.cuda.synchronize()
+            dist.barrier()  # the slowest counts
             samples[name].append((time.perf_counter() - start) * 1e3)
     times = {name: timing(values) for name, values in samples.items()}
     return [

@@ -131,3 +131,17 @@ def test_the_command_names_a_case_that_an_operation_cannot_do():
     )
     assert done.returncode != 0
     assert "tall: pairs every image with a sound" in done.stderr
+
+
+def test_a_batch_that_processes_share_is_measured(tmp_path):
+    out = tmp_path / "run.json"
+    command = [sys.executable, "-m", "bench.distributed", "--device", "cpu", "--cases", "tiny", "--rounds", "3"]
+    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["contender"] for row in rows] == [BASELINE, "cpu", "one process"]
+    assert {(row["op"], row["case"], row["rounds"]) for row in rows} == {
+        ("distributed_fnac_loss", "tiny, 2 processes", 3)
+    }
+    refused = subprocess.run([*command, "--processes", "1"], capture_output=True, text=True)
+    assert "--processes is 1; it should be at least 2" in refused.stderr
