@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # measure.sh MACHINE [NAME...]: results of a CPU again (all, or those named), into bench/results/MACHINE; all take about
-# 40 minutes on 2 idle cores. PYTHON is the interpreter, WRAP goes before each command (a lock, taskset). Then
-# `python -m bench.report` makes the README's section.
+# 40 minutes on 2 idle cores, an hour where a training step takes 20 seconds. PYTHON is the interpreter, WRAP goes before
+# each command (a lock, taskset). Then `python -m bench.report` makes the README's section.
 set -u
 cd "$(dirname "$0")/.."
 folder=bench/results/${1:?"a short name of this machine"}
