@@ -94,7 +94,8 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         shares = ctx.shares
         # A sum of all rows instead of scattered ones: every backend has it, and vectors are small beside maps.
-        grad = grad.to(torch.promote_types(ctx.dtype, torch.float32), copy=True)
+        wide = torch.promote_types(ctx.dtype, torch.float32)
+        grad = grad.to(wide, copy=True, memory_format=torch.contiguous_format)
         dist.all_reduce(grad, group=shares.group)
         return grad[shares.first :][: shares.sizes[shares.rank]].to(ctx.dtype), None
 
