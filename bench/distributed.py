@@ -18,19 +18,13 @@ from torch import Tensor
 
 import fnac_kernels
 from bench import machine, rivals
-from bench.cases import CASES, OPS, TAU, Case
+from bench.cases import CASES, TAU, Case
 from bench.report import table
 from bench.results import Row, Run
 from bench.timer import timing
 
 #: The whole batch in one process, which has all threads, while the others wait.
 ALONE = "one process"
-
-
-def contenders(device: str, case: Case) -> dict[str, str]:
-    """Backends by contender: the rows of a process in plain PyTorch (the baseline), and ours."""
-    ours = [c.name for c in rivals.CONTENDERS.values() if c.ours and c.problem(OPS["fnac_loss"], case, device) is None]
-    return {rivals.BASELINE: "reference", **{name: name for name in ours}}
 
 
 def step(loss: Callable[..., Any], img: Tensor, aud: Tensor, **backend: str) -> Callable[[], Tensor]:
@@ -50,9 +44,11 @@ def measure(case: Case, device: torch.device, rounds: int) -> list[Row]:
     rank, processes, threads = dist.get_rank(), dist.get_world_size(), torch.get_num_threads()
     img, aud = case.features(str(device))
     share = slice(rank * case.n // processes, (rank + 1) * case.n // processes)
+    # The baseline: the same division into rows in plain PyTorch.
+    backends = {rivals.BASELINE: "reference", **{name: name for name in rivals.ours(device.type)}}
     steps: dict[str, Callable[[], Tensor]] = {
         name: step(fnac_kernels.distributed_fnac_loss, img[share], aud[share], backend=backend)
-        for name, backend in contenders(device.type, case).items()
+        for name, backend in backends.items()
     }
     alone = step(fnac_kernels.fnac_loss, img, aud)
 

@@ -104,6 +104,12 @@ def _backend(name: str) -> Contender:
     return Contender(name, _calls(fnac_kernels, backend=name), problem, ours=True)
 
 
+def ours(device: str) -> list[str]:
+    """Our backends that run on a kind of device here."""
+    backends = fnac_kernels._dispatch.BACKENDS.values()
+    return [backend.name for backend in backends if backend.device == device and backend.problem is None]
+
+
 #: The denominator of every ratio.
 BASELINE = "eager"
 CONTENDERS: dict[str, Contender] = {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fnac_kernels
 from bench import machine, rivals
-from bench.cases import OPS, TAU, Case
+from bench.cases import TAU
 from bench.report import table
 from bench.results import MEMORY_KEPT, Row, Run
 from bench.timer import interleave
@@ -58,11 +58,9 @@ def losses(device: str) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     def of(library: Any, **backend: str) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda img, aud: library.fnac_loss(img, aud, TAU, **backend).loss
 
-    case = Case("step", 2, 2)
-    ours = [c.name for c in rivals.CONTENDERS.values() if c.ours and c.problem(OPS["fnac_loss"], case, device) is None]
     return {
         rivals.BASELINE: of(reference),
-        **{name: of(fnac_kernels, backend=name) for name in ours},
+        **{name: of(fnac_kernels, backend=name) for name in rivals.ours(device)},
         WITHOUT_LOSS: lambda img, aud: img.sum() + aud.sum(),
     }
 

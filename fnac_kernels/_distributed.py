@@ -16,9 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fnac_kernels.reference import Terms
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from fnac_kernels._validate import DTYPES
+from fnac_kernels.reference import Terms, false_negatives
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def agree(aud: Tensor, group: Any, **settings: float | Sequence[float] | None) -
         ValueError: the processes differ in the embeddings' size or dtype or in a setting; on every one of them, where
             otherwise some would wait for the others.
     """
-    said: dict[str, Sequence[float]] = {"numbers of channels": [aud.shape[1]], "dtypes": [_DTYPES.index(aud.dtype)]}
+    said: dict[str, Sequence[float]] = {"numbers of channels": [aud.shape[1]], "dtypes": [DTYPES.index(aud.dtype)]}
     said |= {name: _numbers(value) for name, value in settings.items()}
     mine = torch.tensor([len(aud), *(x for values in said.values() for x in values)], dtype=torch.float64)
     all_said = aud.new_empty(dist.get_world_size(group) * len(mine), dtype=torch.float64)
@@ -72,7 +71,7 @@ def _numbers(value: float | Sequence[float] | None) -> Sequence[float]:
 
 def _shown(name: str, value: float) -> str:
     if name == "dtypes":
-        return str(_DTYPES[int(value)])
+        return str(DTYPES[int(value)])
     return "None" if value == math.inf else f"{value:g}"
 
 
@@ -137,8 +136,7 @@ def adjacency_contrastive(
     if weights[0]:
         kept = logits
         if adjacency_threshold is not None:
-            others = ~torch.eye(n, total, dtype=torch.bool, device=logits.device)
-            kept = logits.masked_fill((aud[:n] @ aud.T >= adjacency_threshold).detach() & others, -math.inf)
+            kept = logits.masked_fill(false_negatives(aud, adjacency_threshold, n), -math.inf)
         nce = (kept.logsumexp(1) - kept.diagonal()).sum() / total
         columns = kept.logsumexp(0).roll(shares.first)
         positives = torch.nn.functional.pad(kept.diagonal(), (0, total - n)).roll(shares.first)

@@ -193,7 +193,7 @@ def distributed_fnac_loss(
         terms = _distributed.adjacency_contrastive(
             logits, sounds, img_avg, foreground, tau, weights, adjacency_threshold, shares
         )
-        loss = sum((w * term for w, term in zip(weights, terms, strict=True) if w), start=logits.new_zeros(()))
+        loss = reference.weighted_sum(weights, terms)
     return FNACOutput(loss, *terms, maps)
 
 

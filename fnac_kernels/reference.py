@@ -75,11 +75,11 @@ def foreground_pool(img: Tensor, maps: Tensor, threshold: float) -> Tensor:
     return (img * foreground_mask(maps, threshold).unsqueeze(1)).mean(dim=(2, 3))
 
 
-def false_negatives(aud: Tensor, threshold: float) -> Tensor:
-    """Pairs (n, m), n != m, whose audio-audio product reaches ``threshold``: boolean ``(N, N)``."""
+def false_negatives(aud: Tensor, threshold: float, rows: int) -> Tensor:
+    """Pairs (n, m), n != m, whose audio-audio product reaches ``threshold``: boolean ``(rows, N)``, the first rows."""
     aud = _wide(aud.detach())
-    others = ~torch.eye(len(aud), dtype=torch.bool, device=aud.device)
-    return (aud @ aud.T >= threshold) & others
+    others = ~torch.eye(rows, len(aud), dtype=torch.bool, device=aud.device)
+    return (aud[:rows] @ aud.T >= threshold) & others
 
 
 def adjacency_contrastive(
@@ -102,7 +102,7 @@ def adjacency_contrastive(
     if weights[0]:
         kept = logits
         if adjacency_threshold is not None:
-            kept = logits.masked_fill(false_negatives(aud, adjacency_threshold), float("-inf"))
+            kept = logits.masked_fill(false_negatives(aud, adjacency_threshold, len(aud)), float("-inf"))
         target = torch.arange(len(logits), device=logits.device)
         nce = F.cross_entropy(kept, target) + F.cross_entropy(kept.T, target)
     if weights[1]:
@@ -112,6 +112,11 @@ def adjacency_contrastive(
     if weights[3]:
         fns_visual = F.l1_loss(adjacency(img_avg), torch.softmax(logits, dim=1))
     return Terms(nce, fns_audio, tne, fns_visual)
+
+
+def weighted_sum(weights: Sequence[float], terms: Terms) -> Tensor:
+    """``weights . terms``; a term of weight 0 has no part in it, not 0 times what may be infinite."""
+    return sum((w * term for w, term in zip(weights, terms, strict=True) if w), start=terms.nce.new_zeros(()))
 
 
 def fnac_loss(
@@ -137,5 +142,4 @@ def fnac_loss(
         weights=weights,
         adjacency_threshold=adjacency_threshold,
     )
-    loss = sum((w * term for w, term in zip(weights, terms, strict=True) if w), start=img.new_zeros(()))
-    return FNACOutput(loss, *terms, maps)
+    return FNACOutput(weighted_sum(weights, terms), *terms, maps)

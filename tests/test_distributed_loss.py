@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from processes import CASES, TWELVE, WORLD, Encoders, step, trained, work
@@ -31,9 +33,7 @@ def together(found) -> Run:
 
 def alone(name, backend, dtype) -> Run:
     """The case in one process."""
-    case = CASES[name]
-    case = type(case)(case.sample, case.sizes, backend, dtype, case.settings)
-    return Run(**step(case, slice(None), fk.fnac_loss))
+    return Run(**step(dataclasses.replace(CASES[name], backend=backend, dtype=dtype), slice(None), fk.fnac_loss))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -22,7 +22,7 @@ ALLOWED = {
     "compat": {"functional"},
     "modules": {"_validate", "functional", "reference"},
     "functional": {"_dispatch", "_distributed", "_ops", "_validate", "reference"},
-    "_distributed": {"reference"},
+    "_distributed": {"_validate", "reference"},
     "_ops": {"_dispatch"},
     "_dispatch": {"_native", "backends"},
     "_info": {"_dispatch", "_native"},
