@@ -23,7 +23,7 @@ template <class Job>
 void enqueue(const Job& job, const Place& place, const py::function& allocate) {
     py::object workspace;
     Launch launch{std::get<0>(place), at<void>(std::get<1>(place)), nullptr};
-    if (const int64_t bytes = workspace_bytes(job)) {
+    if (const int64_t bytes = workspace_bytes(job, launch.device)) {
         workspace = allocate(bytes);
         launch.workspace = at<void>(workspace.attr("data_ptr")().template cast<uintptr_t>());
     }

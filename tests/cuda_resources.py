@@ -16,8 +16,8 @@ import cubin
 
 from fnac_kernels import _native
 
-#: Tensor-core instructions are HMMA on every chip: what ``mma.sync`` becomes.
-TENSOR_CORES = "HMMA"
+#: What ``mma.sync`` becomes on every chip, and ``wgmma`` on Hopper.
+TENSOR_CORES = "H(?:G)?MMA"
 
 
 class Cost(NamedTuple):
@@ -50,7 +50,7 @@ def table(binary: Path) -> list[Cost]:
         )
         for row in usages
     ]
-    return sorted(costs, key=lambda cost: (int(cost.chip.removeprefix("sm_")), cost.kernel))
+    return sorted(costs, key=lambda cost: (int(cost.chip.removeprefix("sm_").rstrip("a")), cost.chip, cost.kernel))
 
 
 def _demangled(functions: list[str]) -> dict[str, str]:

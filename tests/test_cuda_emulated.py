@@ -73,6 +73,14 @@ def test_the_emulated_kernels_pass_the_table(kind, order):
     assert "skipped" not in out
 
 
+@pytest.mark.parametrize(("kind", "order"), [*(("plain", order) for order in ORDERS), ("sanitized", "random")])
+def test_the_emulated_kernels_for_hopper_pass_the_table(kind, order):
+    table = (*TABLE[:-1], "cuda and (bfloat16 or float16)")  # of float32 there are none
+    out = check(emulate(*table, kind=kind, FNAC_CUDA_EMULATION_ORDER=order, FNAC_CUDA_EMULATION_CHIP="sm_90a"))
+    assert " passed" in out
+    assert "skipped" not in out
+
+
 # What the table's small samples do not reach: large blocks of sounds, several tiles of cells, sounds sorted in more
 # than one go, shares of images, panels of the larger product tiles, channels that end within a tile.
 LARGER = """
@@ -100,6 +108,45 @@ for name, samples in {"max_logits": POOLED, "fnac_loss": PAIRED, "fnac_loss_hard
 @pytest.mark.parametrize("kind", ["plain", "sanitized"])
 def test_larger_sizes(kind):
     check(emulate("-c", LARGER, kind=kind, FNAC_CUDA_EMULATION_ORDER="reverse"))
+
+
+# Several blocks of sounds, tiles, ranges of images, slices and boxes of channels; every number of images that a tile
+# may touch; the tiles of 200, 248 and 256 columns; a last image, sound and channel within a tile.
+HOPPER = """
+import torch
+from samples import BF16, FP16, OPS, Sample
+from tolerance import assert_as_good_as_torch, run
+
+OP = {op.name: op for op in OPS}
+last = "channels_last"
+POOLED = (
+    Sample(21, 270, 72, 7, 7, dtype=BF16), Sample(3, 140, 512, 14, 14, dtype=FP16, layout=last),
+    Sample(35, 9, 136, 4, 4, dtype=BF16), Sample(5, 130, 64, 16, 16, dtype=BF16, layout=last),
+    Sample(9, 129, 64, 6, 7, dtype=FP16, kind="ties"), Sample(7, 8, 64, 10, 10, dtype=BF16, kind="constant"),
+)
+PAIRED = (
+    Sample(138, 138, 264, 7, 7, dtype=BF16), Sample(70, 70, 72, 4, 4, dtype=BF16, layout=last),
+    Sample(35, 35, 520, 8, 8, dtype=BF16, layout=last), Sample(19, 19, 64, 11, 12, dtype=BF16),
+    Sample(9, 9, 64, 16, 16, dtype=BF16),
+)
+for name, samples in {"max_logits": POOLED, "fnac_loss": PAIRED}.items():
+    for sample in samples:
+        got, by_torch = (run(OP[name], sample, backend) for backend in ("cuda", "reference"))
+        exact = run(OP[name], sample, "reference", dtype=torch.float64)
+        assert_as_good_as_torch(got, by_torch, exact, sample.dtype)
+"""
+
+
+@pytest.mark.parametrize("kind", ["plain", "sanitized"])
+def test_larger_sizes_on_hopper(kind):
+    done = emulate(
+        *("-c", HOPPER), kind=kind, FNAC_CUDA_EMULATION_ORDER="reverse", FNAC_CUDA_EMULATION_CHIP="sm_90a",
+        FNAC_CUDA_EMULATION_TRACE="1",
+    )  # fmt: skip
+    check(done)
+    for kernel, times in {"max_logits": 10, "image_gradient": 5, "audio_gradient": 5}.items():
+        launched = done.stderr.count(f"launch {kernel}_hopper_kernel")
+        assert launched >= times, (kernel, launched)
 
 
 PANELS = """
@@ -143,7 +190,7 @@ VALUES = (float("nan"), float("inf"), float("-inf"))
 DTYPES, LAYOUTS = (torch.float32, torch.bfloat16), (torch.contiguous_format, torch.channels_last)
 for where, value, dtype, layout in itertools.product(("img", "aud"), VALUES, DTYPES, LAYOUTS):
     torch.manual_seed(0)
-    img, aud = torch.randn(3, 8, 3, 3).to(dtype), torch.randn(3, 8).to(dtype)
+    img, aud = torch.randn(3, 8, 4, 5).to(dtype), torch.randn(3, 8).to(dtype)
     (img if where == "img" else aud).view(-1)[11] = value
     img = img.contiguous(memory_format=layout)
     got, wanted = (fk.fnac_loss(img, aud, 0.5, backend=name) for name in ("cuda", "reference"))
@@ -154,14 +201,15 @@ for where, value, dtype, layout in itertools.product(("img", "aud"), VALUES, DTY
 """
 
 
-def test_values_that_are_not_finite():
-    check(emulate("-c", NON_FINITE))
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90a"])
+def test_values_that_are_not_finite(chip):
+    check(emulate("-c", NON_FINITE, FNAC_CUDA_EMULATION_CHIP=chip))
 
 
 STEP = """
 import hashlib, sys, torch, fnac_kernels as fk
 torch.manual_seed(0)
-img, aud = torch.randn(150, 70, 7, 7).bfloat16().requires_grad_(), torch.randn(150, 70).bfloat16().requires_grad_()
+img, aud = torch.randn(150, 72, 7, 7).bfloat16().requires_grad_(), torch.randn(150, 72).bfloat16().requires_grad_()
 out = fk.fnac_loss(img, aud, 5.0, backend="cuda")
 print("backward", file=sys.stderr, flush=True)
 out.loss.backward()
@@ -170,17 +218,20 @@ print(hashlib.sha256(b"".join(results)).hexdigest())
 """
 
 
-def test_results_are_the_same_bits_in_every_order_of_the_threads():
-    assert len({check(emulate("-c", STEP, FNAC_CUDA_EMULATION_ORDER=order)) for order in ORDERS}) == 1
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90a"])
+def test_results_are_the_same_bits_in_every_order_of_the_threads(chip):
+    step = [emulate("-c", STEP, FNAC_CUDA_EMULATION_ORDER=o, FNAC_CUDA_EMULATION_CHIP=chip) for o in ORDERS]
+    assert len({check(done) for done in step}) == 1
 
 
-def test_a_step_of_the_loss_is_at_most_six_launches_each_way():
-    done = emulate("-c", STEP, FNAC_CUDA_EMULATION_TRACE="1")
+@pytest.mark.parametrize(("chip", "most"), [("sm_80", 6), ("sm_90a", 7)])  # on Hopper one copies NCHW
+def test_a_step_of_the_loss_is_a_few_launches_each_way(chip, most):
+    done = emulate("-c", STEP, FNAC_CUDA_EMULATION_TRACE="1", FNAC_CUDA_EMULATION_CHIP=chip)
     check(done)
     launches = [
         [line for line in part.splitlines() if line.startswith("launch ")] for part in done.stderr.split("backward")
     ]
-    assert [0 < len(part) <= 6 for part in launches] == [True, True], launches
+    assert [0 < len(part) <= most for part in launches] == [True, True], launches
 
 
 def test_an_error_names_the_kernel_and_its_sizes():
@@ -212,6 +263,7 @@ MISTAKES = {
     "overwritten_early": "wrong",
     "lanes_read_early": "wrong",
     "unwaited_copy": "wrong",
+    "unwaited_box": "wrong",
     "skipped_barrier": "threads wait at a barrier or an operation of their warp that others never reach",
     "diverged_warp": "the lanes of a warp are at different operations",
 }

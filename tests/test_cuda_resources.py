@@ -21,7 +21,8 @@ SPILLS = {
     ("sm_120", "audio_gradient<Float16>"): 8,
     ("sm_120", "products<4, true>"): 8,
 }
-CHIPS = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
+CHIPS = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120"}
+HOPPER = "sm_90a"  # has kernels of its own, and no others
 
 pytestmark = [
     pytest.mark.skipif(
@@ -38,9 +39,12 @@ def costs():
 
 def test_every_kernel_is_there_for_every_chip(costs):
     chips = {name for name in _native.cuda_features()["architectures"] if name.startswith("sm_")}
-    kernels = {row.kernel for row in costs}
-    assert {row.chip for row in costs} == chips
-    assert len(costs) == len(chips) * len(kernels)
+    others = [row for row in costs if row.chip != HOPPER]
+    kernels = {row.kernel for row in others}
+    assert {row.chip for row in others} == chips
+    assert len(others) == len(chips) * len(kernels)
+    assert all(("_hopper" in row.kernel) == (row.chip == HOPPER) for row in costs)
+    assert any(row.chip == HOPPER for row in costs) == ("sm_90" in chips)
 
 
 def test_no_more_spills_than_known_and_shared_memory_within_the_limit(costs):
@@ -54,6 +58,11 @@ def test_products_of_16_bit_and_tensor_float_32_run_on_the_tensor_cores(costs):
     assert {operands for _, operands in products} == set(wanted)
     for row, operands in products:
         assert row.tensor_cores == wanted[operands], row
+
+
+def test_products_on_hopper_are_those_of_a_warpgroup(costs):
+    for row in costs:
+        assert (row.chip == HOPPER) == ("HGMMA" in row.tensor_cores), row
 
 
 def test_the_table_is_what_the_kernels_use(costs):

@@ -157,7 +157,7 @@ means_kernel(const MeansArguments job) {
 
 }  // namespace
 
-int64_t workspace_bytes(const Adjacency& job) {
+int64_t workspace_bytes(const Adjacency& job, int) {
     return PanelPlan(job.inputs).bytes() + job.inputs.n * 4 * static_cast<int64_t>(sizeof(float));
 }
 

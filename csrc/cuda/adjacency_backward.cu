@@ -102,7 +102,7 @@ gradient_kernel(const GradientArguments job) {
 
 }  // namespace
 
-int64_t workspace_bytes(const AdjacencyBackward& job) { return PanelPlan(job.inputs).bytes(); }
+int64_t workspace_bytes(const AdjacencyBackward& job, int) { return PanelPlan(job.inputs).bytes(); }
 
 void run(const AdjacencyBackward& job, const Launch& where) {
     const DeviceGuard guard(where);

@@ -10,6 +10,7 @@
 // workspace and are added in order by finish_kernel. The shares depend on the sizes alone.
 #include "cuda/cell_sums.cuh"
 #include "cuda/feature_backward.cuh"
+#include "cuda/gradients_hopper.cuh"
 
 namespace fnac::cuda {
 namespace {
@@ -187,44 +188,69 @@ struct Shares {
         blocks = ceil_div(job.m, kSounds) * ceil_div(job.img.c, kChannels);
         const int64_t wanted = smaller(ceil_div(kBlocks, blocks), ceil_div(n, kLeastShare));
         images = ceil_div(n, wanted);
-        count = job.grad_logits == nullptr ? 0 : ceil_div(n, images);
+        count = ceil_div(n, images);
     }
 };
 
+bool on_hopper(const FeatureBackward& job, int device) {
+    return is_hopper(device) && gradients_hopper_serve(job);
+}
+
+int64_t logits_shares(const FeatureBackward& job, int device) {
+    if (job.grad_logits == nullptr) return 0;
+    return on_hopper(job, device) ? audio_shares_hopper(job) : Shares(job).count;
+}
+
+// Of all shares, which a copy of the features may follow.
+int64_t shares_bytes(const FeatureBackward& job, int device) {
+    const int64_t count = logits_shares(job, device) + (job.grad_maps != nullptr);
+    return ceil_div(count * job.m * job.img.c * static_cast<int64_t>(sizeof(float)), 256) * 256;
+}
+
+void add_shares(const FeatureBackward& job, float* sums, const Launch& where) {
+    const FeatureMap& img = job.img;
+    if (on_hopper(job, where.device)) {
+        void* copy = job.dimg != nullptr
+                         ? job.dimg
+                         : static_cast<char*>(where.workspace) + shares_bytes(job, where.device);
+        return audio_gradient_hopper(job, in_channels_last(img, copy, where), sums, where);
+    }
+    const Shares shares(job);
+    const int64_t tiles = ceil_div(img.p, kCells);
+    const AudioGradientArguments arguments{img.data,
+                                           job.grad_logits,
+                                           job.argmax,
+                                           sums,
+                                           static_cast<int>(img.n),
+                                           static_cast<int>(job.m),
+                                           static_cast<int>(img.c),
+                                           static_cast<int>(img.p),
+                                           img.stride_c,
+                                           img.stride_p,
+                                           static_cast<int>(ceil_div(img.p, tiles)),
+                                           static_cast<int>(tiles),
+                                           static_cast<int>(ceil_div(job.m, kSounds)),
+                                           static_cast<int>(ceil_div(img.c, kChannels)),
+                                           static_cast<int>(shares.images)};
+    with_dtype(img.dtype, [&]<class T>(T) {
+        launch(audio_gradient_kernel<T>, {"audio_gradient_kernel", img.n, job.m, img.c, img.p},
+               {shares.blocks * shares.count}, kThreads, sizeof(Shared), where, arguments);
+    });
+}
+
 }  // namespace
 
-int64_t audio_gradient_workspace(const FeatureBackward& job) {
-    const int64_t count = Shares(job).count + (job.grad_maps != nullptr);
-    return count * job.m * job.img.c * static_cast<int64_t>(sizeof(float));
+int64_t audio_gradient_workspace(const FeatureBackward& job, int device) {
+    const bool copies = on_hopper(job, device) && job.dimg == nullptr;
+    return shares_bytes(job, device) + (copies ? channels_last_bytes(job.img) : 0);
 }
 
 void audio_gradient(const FeatureBackward& job, const Launch& where) {
     const FeatureMap& img = job.img;
-    const Shares shares(job);
     float* sums = static_cast<float*>(where.workspace);
-    const int64_t tiles = ceil_div(img.p, kCells), size = job.m * img.c;
-    const int count = static_cast<int>(shares.count);
-    if (job.grad_logits != nullptr) {
-        const AudioGradientArguments arguments{img.data,
-                                               job.grad_logits,
-                                               job.argmax,
-                                               sums,
-                                               static_cast<int>(img.n),
-                                               static_cast<int>(job.m),
-                                               static_cast<int>(img.c),
-                                               static_cast<int>(img.p),
-                                               img.stride_c,
-                                               img.stride_p,
-                                               static_cast<int>(ceil_div(img.p, tiles)),
-                                               static_cast<int>(tiles),
-                                               static_cast<int>(ceil_div(job.m, kSounds)),
-                                               static_cast<int>(ceil_div(img.c, kChannels)),
-                                               static_cast<int>(shares.images)};
-        with_dtype(img.dtype, [&]<class T>(T) {
-            launch(audio_gradient_kernel<T>, {"audio_gradient_kernel", img.n, job.m, img.c, img.p},
-                   {shares.blocks * count}, kThreads, sizeof(Shared), where, arguments);
-        });
-    }
+    const int64_t size = job.m * img.c;
+    const int count = static_cast<int>(logits_shares(job, where.device));
+    if (job.grad_logits != nullptr) add_shares(job, sums, where);
     if (job.grad_maps != nullptr)  // one more share
         sum_cells({img, job.grad_maps, false, 0.f, 1.f, nullptr, nullptr, sums + count * size}, where);
     with_dtype(img.dtype, [&]<class T>(T) {

@@ -6,14 +6,14 @@
 
 namespace fnac::cuda {
 
-int64_t workspace_bytes(const FeatureBackward& job) {
-    return job.daud == nullptr ? 0 : audio_gradient_workspace(job);
+int64_t workspace_bytes(const FeatureBackward& job, int device) {
+    return job.daud == nullptr ? 0 : audio_gradient_workspace(job, device);
 }
 
 void run(const FeatureBackward& job, const Launch& where) {
     const DeviceGuard guard(where);
-    if (job.dimg != nullptr) image_gradient(job, where);
     if (job.daud != nullptr) audio_gradient(job, where);
+    if (job.dimg != nullptr) image_gradient(job, where);
 }
 
 }  // namespace fnac::cuda

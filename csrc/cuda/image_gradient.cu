@@ -10,6 +10,7 @@
 // Traffic at B = 4096, 512 channels in 16 bits: N M C reads of sounds (17 GB) from L2, which holds all of
 // them, and one write of dImg; the sort reads argmax and gradient of a pair once for each 128 channels.
 #include "cuda/feature_backward.cuh"
+#include "cuda/gradients_hopper.cuh"
 
 namespace fnac::cuda {
 namespace {
@@ -213,6 +214,7 @@ image_gradient_kernel(const ImageGradientArguments job) {
 }  // namespace
 
 void image_gradient(const FeatureBackward& job, const Launch& where) {
+    if (is_hopper(where.device) && gradients_hopper_serve(job)) return image_gradient_hopper(job, where);
     const FeatureMap& img = job.img;
     const int64_t tiles = ceil_div(img.p, kCells), slices = ceil_div(img.c, kChannels);
     with_dtype(img.dtype, [&]<class T>(T) {

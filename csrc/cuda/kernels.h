@@ -101,12 +101,12 @@ struct AdjacencyBackward {
     float* dforeground;
 };
 
-// Bytes of workspace that run(job) needs; 0 is possible.
-int64_t workspace_bytes(const MaxLogits&);
-int64_t workspace_bytes(const Pool&);
-int64_t workspace_bytes(const FeatureBackward&);
-int64_t workspace_bytes(const Adjacency&);
-int64_t workspace_bytes(const AdjacencyBackward&);
+// Bytes of workspace that run(job) needs on a device; 0 is possible.
+int64_t workspace_bytes(const MaxLogits&, int device);
+int64_t workspace_bytes(const Pool&, int device);
+int64_t workspace_bytes(const FeatureBackward&, int device);
+int64_t workspace_bytes(const Adjacency&, int device);
+int64_t workspace_bytes(const AdjacencyBackward&, int device);
 
 // Enqueue a job. Throws std::runtime_error that names the kernel, its sizes and CUDA's own words.
 void run(const MaxLogits&, const Launch&);

@@ -6,7 +6,7 @@
 // of eight: 49 cells cost 56. The channels pass in stages, three in flight, across the tiles without a pause.
 // Sounds and channels_last cells come by asynchronous copies; cells of NCHW are loaded into registers a stage
 // ahead and stored transposed, because an odd number of cells leaves no alignment to copy by.
-#include "cuda/launch.cuh"
+#include "cuda/max_logits_hopper.cuh"
 #include "cuda/tile.cuh"
 
 namespace fnac::cuda {
@@ -231,10 +231,13 @@ void start(const MaxLogitsArguments& arguments, const Launch& where) {
 
 }  // namespace
 
-int64_t workspace_bytes(const MaxLogits&) { return 0; }
+int64_t workspace_bytes(const MaxLogits& job, int device) {
+    return is_hopper(device) && max_logits_hopper_serves(job) ? channels_last_bytes(job.img) : 0;
+}
 
 void run(const MaxLogits& job, const Launch& where) {
     const DeviceGuard guard(where);
+    if (is_hopper(where.device) && max_logits_hopper_serves(job)) return max_logits_hopper(job, where);
     const FeatureMap& img = job.img;
     const int64_t tiles = ceil_div(img.p, kTile), row_bytes = img.c * (img.dtype == Dtype::kFloat32 ? 4 : 2);
     const MaxLogitsArguments arguments{

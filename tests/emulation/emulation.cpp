@@ -1,5 +1,3 @@
-#include "emulation.h"
-
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -8,6 +6,7 @@
 #include <random>
 #include <vector>
 
+#include "cuda/hopper.cuh"
 #include "fibers.h"
 
 namespace fnac::emulation {
@@ -15,8 +14,17 @@ namespace {
 
 constexpr int kWarpSize = 32;
 constexpr int kMaxThreads = 1024;
-constexpr int64_t kMaxShared =
-    99 * 1024;  // what the smallest of the chips aimed at has (sm_86, sm_89, sm_120)
+// Of a block: what the smallest of the chips aimed at has (sm_86, sm_89, sm_120), and Hopper.
+constexpr int64_t kMaxShared = 99 * 1024, kMaxSharedHopper = 227 * 1024;
+
+// FNAC_CUDA_EMULATION_CHIP.
+bool is_hopper() {
+    const char* chip = std::getenv("FNAC_CUDA_EMULATION_CHIP");
+    const std::string name = chip == nullptr ? "sm_80" : chip;
+    if (name != "sm_80" && name != "sm_90a")
+        throw std::runtime_error("FNAC_CUDA_EMULATION_CHIP is '" + name + "', it should be sm_80 or sm_90a");
+    return name == "sm_90a";
+}
 
 struct Copy {
     void* to;
@@ -57,7 +65,10 @@ struct Block {
     Index index{};
     int threads = 0;
     char* shared = nullptr;
+    int64_t grid = 0;
     Meeting meeting;
+    Meeting groups[16];      // of some of the threads, by id
+    std::vector<Box> boxes;  // on their way
     std::vector<std::unique_ptr<Thread>> thread;
     std::vector<Warp> warps;
     std::string error;
@@ -108,6 +119,8 @@ bool step(int warp, const std::vector<int>& lanes) {
 
 void run_block(const std::function<void()>& body, Order& order) {
     block.meeting = {};
+    for (Meeting& meeting : block.groups) meeting = {};
+    block.boxes.clear();
     for (Warp& warp : block.warps) warp.meeting = {};
     for (int t = 0; t < block.threads; ++t) {
         Thread& thread = *block.thread[t];
@@ -135,21 +148,77 @@ void run_block(const std::function<void()>& body, Order& order) {
             "threads wait at a barrier or an operation of their warp that others never reach");
 }
 
-}  // namespace
-
-int thread_index() { return current->index; }
-const Index& block_index() { return block.index; }
-char* shared_memory() { return block.shared; }
-
-void block_barrier() {
-    Meeting& meeting = block.meeting;
-    if (++meeting.come == block.threads) {
+void meet(Meeting& meeting, int threads) {
+    if (++meeting.come == threads) {
         meeting.come = 0;
         ++meeting.passed;
         return;
     }
     current->wait_at(meeting.passed);
 }
+
+// Ends the phase if all has come.
+void check(Barrier& barrier) {
+    if (barrier.arrived > barrier.count) fail("more arrivals at a barrier than it was made for");
+    if (barrier.arrived < barrier.count || barrier.bytes != 0) return;
+    barrier.arrived = 0;
+    ++barrier.passed;
+}
+
+void land(const Box& box) {
+    constexpr int kRowBytes = 128, kColumns = 64;
+    for (int row = 0; row < box.box_rows; ++row)
+        for (int column = 0; column < kColumns; ++column) {
+            const int64_t y = box.row + row, x = box.column + column;
+            const bool inside = y < box.rows && x < box.columns;
+            auto* to = const_cast<char*>(permuted(box.to + row * kRowBytes + column * 2));
+            if (inside)
+                std::memcpy(to, box.from + (y * box.columns + x) * 2, 2);
+            else
+                std::memset(to, 0, 2);
+        }
+    box.barrier->bytes -= box.box_rows * kRowBytes;
+    check(*box.barrier);
+}
+
+}  // namespace
+
+int64_t grid_x() { return block.grid; }
+
+void group_barrier(int id, int threads) { meet(block.groups[id], threads); }
+
+void arrive(Barrier& barrier, int64_t bytes) {
+    barrier.bytes += bytes;
+    ++barrier.arrived;
+    check(barrier);
+}
+
+void wait(Barrier& barrier, int parity) {
+    std::vector<Box> landing;
+    std::erase_if(block.boxes, [&](const Box& box) {
+        if (box.barrier == &barrier) landing.push_back(box);
+        return box.barrier == &barrier;
+    });
+    for (const Box& box : landing) land(box);
+    ++barrier.waiting;
+    while (static_cast<int>(barrier.passed % 2) == parity) current->wait_at(barrier.passed);
+    --barrier.waiting;
+}
+
+void start(const Box& box) {
+    if (reinterpret_cast<uintptr_t>(box.to) % 1024 != 0) fail("a box is not aligned to 1024 bytes");
+    std::memset(box.to, 0xff, static_cast<size_t>(box.box_rows) * 128);
+    if (box.barrier->waiting > 0)
+        land(box);
+    else
+        block.boxes.push_back(box);
+}
+
+int thread_index() { return current->index; }
+const Index& block_index() { return block.index; }
+char* shared_memory() { return block.shared; }
+
+void block_barrier() { meet(block.meeting, block.threads); }
 
 void collective(Operation operation, void* mine, size_t bytes, void (*complete)(char* slots)) {
     Thread& self = *current;
@@ -194,13 +263,15 @@ void copy_wait(int pending) {
 
 void run_grid(const std::string& name, const Index& grid, int threads, int64_t shared,
               const std::function<void()>& body) {
-    if (threads < kWarpSize || threads > kMaxThreads || threads % kWarpSize != 0 || shared > kMaxShared ||
-        grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
+    if (threads < kWarpSize || threads > kMaxThreads || threads % kWarpSize != 0 ||
+        shared > (is_hopper() ? kMaxSharedHopper : kMaxShared) || grid.x < 1 || grid.y < 1 || grid.z < 1 ||
+        grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
         throw std::runtime_error(name + ": its launch is beyond the device's limits");
     if (std::getenv("FNAC_CUDA_EMULATION_TRACE") != nullptr)
         std::fprintf(stderr, "launch %s\n", name.c_str());
     Order order;
     block.threads = threads;
+    block.grid = grid.x;
     block.warps.resize(threads / kWarpSize);
     while (static_cast<int>(block.thread.size()) < threads)
         block.thread.push_back(std::make_unique<Thread>());
@@ -208,7 +279,7 @@ void run_grid(const std::string& name, const Index& grid, int threads, int64_t s
         for (block.index.y = 0; block.index.y < grid.y; ++block.index.y)
             for (block.index.x = 0; block.index.x < grid.x; ++block.index.x) {
                 void* memory = nullptr;
-                if (shared > 0 && posix_memalign(&memory, 128, static_cast<size_t>(shared)) != 0)
+                if (shared > 0 && posix_memalign(&memory, 1024, static_cast<size_t>(shared)) != 0)
                     throw std::bad_alloc();
                 const std::unique_ptr<void, void (*)(void*)> owner(memory, std::free);
                 if (shared > 0) std::memset(memory, 0xff, static_cast<size_t>(shared));
@@ -225,3 +296,5 @@ void run_grid(const std::string& name, const Index& grid, int threads, int64_t s
 }
 
 }  // namespace fnac::emulation
+
+bool fnac::cuda::is_hopper(int) { return emulation::is_hopper(); }

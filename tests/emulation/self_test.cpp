@@ -3,7 +3,7 @@
 #include <cstdio>
 #include <string>
 
-#include "cuda/launch.cuh"
+#include "cuda/hopper.cuh"
 
 namespace fnac::cuda {
 namespace {
@@ -54,6 +54,20 @@ FNAC_KERNEL(kThreads, 1) unwaited_copy(const Arguments job) {
     job.out[thread_index()] = mine[2] == 3.f;
 }
 
+FNAC_KERNEL(kThreads, 1) unwaited_box(const Arguments job) {
+    alignas(16) static const uint16_t source[8] = {1, 2, 3, 4, 5, 6, 7, 8};
+    static Barrier barrier;
+    if (thread_index() == 0) {
+        barrier_init(barrier, 1);
+        barrier_expect(barrier, kBoxRowBytes);
+        copy_box(shared_memory(), make_matrix(source, 1, 8, 1), 0, 0, barrier);
+    }
+    block_barrier();
+    if (job.correct) barrier_wait(barrier, 0);
+    const auto* row = reinterpret_cast<const uint16_t*>(shared_memory());
+    job.out[thread_index()] = row[7] == 8 && row[8] == 0;
+}
+
 FNAC_KERNEL(kThreads, 1) skipped_barrier(const Arguments job) {
     job.out[thread_index()] = 1.f;
     if (!job.correct && thread_index() == 5) return;
@@ -85,6 +99,7 @@ int test(const std::string& name, bool correct) {
         {"overwritten_early", overwritten_early},
         {"lanes_read_early", lanes_read_early},
         {"unwaited_copy", unwaited_copy},
+        {"unwaited_box", unwaited_box},
         {"skipped_barrier", skipped_barrier},
         {"diverged_warp", diverged_warp},
         {"out_of_bounds", out_of_bounds},
