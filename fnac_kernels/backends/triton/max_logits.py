@@ -31,15 +31,20 @@ def maximum_or_nan(x):
 
 
 @triton.jit
-def first_of(is_wanted, weight):
-    """Where along the last axis of three ``is_wanted`` is first true, and -1 where it is nowhere.
+def marked(wanted):
+    """A sum of powers of 4 over the last axis of three, up to 64 long: one where ``wanted``, the largest for the first.
 
-    A sum of powers of 4, the largest for the first: what follows one adds less than a third of it and cannot reach its
-    exponent. An instruction to compare and an FMA for every element, where a minimum of positions takes three that run
-    at half an FMA's rate.
+    What follows the first adds less than a third of it, so the exponent tells where that is (``first_marked``); 0 means
+    nowhere. An element costs a comparison that gives 1.0 or 0.0 and an FMA, where a minimum of positions takes a
+    comparison, a choice and a minimum, each at half an FMA's rate.
     """
-    total = tl.sum(is_wanted.to(tl.float32) * weight, axis=2)
-    return (253 - (total.to(tl.int32, bitcast=True) >> 23)) >> 1, total > 0
+    power = ((253 - 2 * tl.arange(0, wanted.shape[2])) << 23).to(tl.float32, bitcast=True)
+    return tl.sum(wanted.to(tl.float32) * power[None, None, :], axis=2)
+
+
+@triton.jit
+def first_marked(total):
+    return (253 - (total.to(tl.int32, bitcast=True) >> 23)) >> 1
 
 
 @triton.jit
@@ -68,13 +73,12 @@ def tile_maximum(
         cells_at += BLOCK_C
     similarity = tl.reshape(similarity, (BLOCK_M, IMAGES, WIDTH))
     top = maximum_or_nan(similarity)
-    k = tl.arange(0, WIDTH)
-    weight = ((253 - 2 * k) << 23).to(tl.float32, bitcast=True)[None, None, :]
-    total = tl.sum((similarity == top[:, :, None]).to(tl.float32) * weight, axis=2)
-    if tl.min(total) == 0.0:
-        total = tl.where(total > 0, total, tl.sum((similarity != similarity).to(tl.float32) * weight, axis=2))
-    first = (253 - (total.to(tl.int32, bitcast=True) >> 23)) >> 1
-    return top, tl.minimum(p0 + first, P - 1)
+    marks = marked(similarity == top[:, :, None])
+    # Nothing equals a maximum that is NaN: then the first NaN is looked for. One axis after the other, where a minimum
+    # over both would change the layout first.
+    if tl.min(tl.min(marks, axis=1), axis=0) == 0:
+        marks = tl.where(marks == 0, marked(similarity != similarity), marks)
+    return top, tl.minimum(p0 + first_marked(marks), P - 1)
 
 
 @triton.jit
