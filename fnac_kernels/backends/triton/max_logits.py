@@ -38,8 +38,12 @@ def marked(wanted):
     nowhere. An element costs a comparison that gives 1.0 or 0.0 and an FMA, where a minimum of positions takes a
     comparison, a choice and a minimum, each at half an FMA's rate.
     """
-    power = ((253 - 2 * tl.arange(0, wanted.shape[2])) << 23).to(tl.float32, bitcast=True)
-    return tl.sum(wanted.to(tl.float32) * power[None, None, :], axis=2)
+    # A factor for each eight and one inside: a thread holds two of eight in every eight, so the first is an immediate.
+    eights: tl.constexpr = wanted.shape[2] // 8
+    ones = tl.reshape(wanted, (wanted.shape[0], wanted.shape[1], eights, 8)).to(tl.float32)
+    coarse = ((253 - 16 * tl.arange(0, eights)) << 23).to(tl.float32, bitcast=True)
+    fine = ((127 - 2 * tl.arange(0, 8)) << 23).to(tl.float32, bitcast=True)
+    return tl.sum(tl.sum(ones * coarse[None, None, :, None], axis=2) * fine[None, None, :], axis=2)
 
 
 @triton.jit
@@ -74,9 +78,8 @@ def tile_maximum(
     similarity = tl.reshape(similarity, (BLOCK_M, IMAGES, WIDTH))
     top = maximum_or_nan(similarity)
     marks = marked(similarity == top[:, :, None])
-    # Nothing equals a maximum that is NaN: then the first NaN is looked for. One axis after the other, where a minimum
-    # over both would change the layout first.
-    if tl.min(tl.min(marks, axis=1), axis=0) == 0:
+    # Nothing equals a maximum that is NaN: only then are the NaN looked for.
+    if tl.min(marks) == 0:
         marks = tl.where(marks == 0, marked(similarity != similarity), marks)
     return top, tl.minimum(p0 + first_marked(marks), P - 1)
 

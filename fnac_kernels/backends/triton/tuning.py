@@ -1,7 +1,8 @@
 """Tile sizes, in one place: a table per architecture, and how a tile is fitted to a map.
 
 Chosen by counting flops, bytes, registers and shared memory (README.md; ``tests/data/triton_resources.txt`` keeps what
-the compiler made of each line); none is measured on a GPU yet. ``FNAC_TRITON_SWEEP=1`` tries neighbours (sweep.py).
+the compiler made of each line), except where a line says what was measured. ``FNAC_TRITON_SWEEP=1`` tries neighbours
+(sweep.py).
 """
 
 from __future__ import annotations
@@ -51,19 +52,23 @@ class Blocks:
 # there (8 to 16, of 72, 96 or 128 registers), on another chip and with another map each time.
 _HOPPER = {
     # 85 flop for a byte from the L2 cache, which is the limit: tiles of 128 x 128, two programs a multiprocessor, hide
-    # one's maxima (a sixth of the products' time) behind the other's products, but have 64. Three stages are 144 KB.
+    # one's maxima (a tenth of the products' time) behind the other's products, but have 64. Three stages are 144 KB.
+    # Measured on an H100 (4096 pairs, 512 channels, 7x7) when maxima took four times the instructions: 3.20 ms, with four
+    # stages 3.17; BLOCK_P 128 3.69, its 4 warps 3.05; BLOCK_P 128 and BLOCK_M 256 3.34; BLOCK_C 128 in two stages 3.67.
     "max_logits": Blocks({"BLOCK_P": 256, "BLOCK_M": 128, "BLOCK_C": 64, "GROUP": 32}, 8, 3),
     # Where the size above would leave multiprocessors idle: a quarter of it, three programs or four.
     "max_logits_small": Blocks({"BLOCK_P": 64, "BLOCK_M": 64, "BLOCK_C": 64, "GROUP": 32}, 4, 3, 168),
     # Three products for one, operands split in registers.
     "max_logits_float32": Blocks({"BLOCK_P": 64, "BLOCK_M": 64, "BLOCK_C": 32, "GROUP": 32}, 4),
-    # 64 accumulators a thread. Half as many channels would build the weights twice as often: more ALU than products.
-    "image_gradient": Blocks({"BLOCK_P": 128, "BLOCK_M": 64, "BLOCK_C": 128}, 8, 3),
+    # 128 accumulators a thread, two programs. Measured on an H100 (4096 pairs, 512 channels, 7x7): 3.06 ms; BLOCK_P 64
+    # 3.32, 8 warps 4.80, those with four stages 4.65, with BLOCK_C 256 3.28, with BLOCK_M 128 3.85.
+    "image_gradient": Blocks({"BLOCK_P": 128, "BLOCK_M": 64, "BLOCK_C": 128}, 4, 3),
     # A quarter of it for small batches: four programs a multiprocessor.
     "image_gradient_small": Blocks({"BLOCK_P": 64, "BLOCK_M": 64, "BLOCK_C": 64}, 4, 2, 128),
     # Weights are float32: 32 pairs of them are the registers of 64 in bfloat16.
     "image_gradient_float32": Blocks({"BLOCK_P": 64, "BLOCK_M": 32, "BLOCK_C": 64}, 4),
-    # 32 cells at a time: with 64 the weights take the registers of the second program.
+    # 32 cells at a time: with 64 the weights take the registers of the second program. Measured on an H100 (4096 pairs,
+    # 512 channels, 7x7): 3.48 ms; 64 cells 5.27, 4 warps for them 3.50, BLOCK_C 256 3.57, BLOCK_M 64 4.21 to 5.69.
     "audio_share": Blocks({"BLOCK_P": 32, "BLOCK_M": 128, "BLOCK_C": 128}, 8, 3, 128),
     # Nothing is multiplied on the tensor cores: many small programs hide the gathers' latency.
     "audio_share_gather": Blocks({"BLOCK_P": 16, "BLOCK_M": 32, "BLOCK_C": 128}, 4),
@@ -91,8 +96,12 @@ _HOPPER = {
 # mma.sync keeps both operands in registers: a bound on them makes spills where two programs are wanted, and tiles of
 # adjacency are the small ones.
 _AMPERE = _HOPPER | {
+    # 64 accumulators a thread. Half as many channels would build the weights twice as often: more ALU than products.
+    "image_gradient": Blocks({"BLOCK_P": 128, "BLOCK_M": 64, "BLOCK_C": 128}, 8, 3),
     # 48 KB in three stages; one program a multiprocessor (255 registers), two would need 128.
     "max_logits": Blocks({"BLOCK_P": 128, "BLOCK_M": 128, "BLOCK_C": 32, "GROUP": 32}, 8, 3),
+    # Three or four programs; of 32 channels the operands' parts take 255 registers, two programs.
+    "max_logits_float32": Blocks({"BLOCK_P": 64, "BLOCK_M": 64, "BLOCK_C": 16, "GROUP": 32}, 4, 3),
     # Hopper's without its bound: 194 registers, 128 would spill.
     "audio_share": Blocks({"BLOCK_P": 32, "BLOCK_M": 128, "BLOCK_C": 128}, 8, 3),
     # Three programs; tiles of 64 spill.
@@ -102,9 +111,8 @@ _AMPERE = _HOPPER | {
 }
 # 100 KB of shared memory a multiprocessor, of which no line takes more than half; three stages spill here.
 _SMALL = _AMPERE | {
-    # All registers that two programs have, which three products take anyway.
-    "max_logits_float32": _HOPPER["max_logits_float32"].changed(max_registers=255),
-    # The same; one product takes 193, and without a bound spills to make room for four programs.
+    # All registers that two programs have, which three products take anyway; one product takes 193, and without a bound
+    # spills to make room for four programs.
     "adjacency_weights_small_float32": _HOPPER["adjacency_weights_small_float32"].changed(max_registers=255),
     # 16 KB a program: four fit, of 32 KB three.
     "max_logits_small": _AMPERE["max_logits_small"].changed(num_stages=2),
@@ -114,9 +122,10 @@ _SMALL = _AMPERE | {
 }
 # Accumulators lie in tensor memory and pass through registers for the maximum: smaller tiles.
 _BLACKWELL = _HOPPER | {
+    "image_gradient": _AMPERE["image_gradient"],
     # Two programs, one of them at its products while the other is at its maxima.
     "max_logits": Blocks({"BLOCK_P": 128, "BLOCK_M": 128, "BLOCK_C": 64, "GROUP": 32}, 8, 3, 128),
-    # Three or four programs; the compiler on its own spills with one TensorFloat-32 product.
+    # Three or four programs, where the compiler on its own spills with one TensorFloat-32 product.
     "max_logits_float32": _HOPPER["max_logits_float32"].changed(max_registers=168),
     # Four programs: there it spills too.
     "adjacency_features_small_float32": _HOPPER["adjacency_features_small_float32"].changed(max_registers=128),
@@ -160,12 +169,8 @@ def max_logits(img: Tensor, n: int, m: int, cells: int) -> Blocks:
 
 
 def fit_max_logits(blocks: Blocks, cells: int) -> Blocks:
-    """A tile for a map of up to 64 cells; of larger ones tiles of 64, and one of 16 or 32 where that holds the rest.
-
-    Of maps of up to 32 cells 4 or 8 images at most: the maxima of more images than that spill on Hopper.
-    """
+    """A tile for a map of up to 64 cells; of larger ones tiles of 64, and one of 16 or 32 where that holds the rest."""
     width = _cells(cells)
-    columns = blocks.sizes["BLOCK_P"] if width == 64 else min(blocks.sizes["BLOCK_P"], 128)
     full = cells > width
     tail = _cells((cells - 1) % width + 1) if full else width
     if full and tail == width:
@@ -173,7 +178,7 @@ def fit_max_logits(blocks: Blocks, cells: int) -> Blocks:
     # Two programs of 8 warps: of a single tile the compiler makes them by itself (and spills when told to), of a loop
     # of full tiles when told to, of two kinds of tiles not at all.
     bound = None if blocks.num_warps == 8 and (tail or not full) else blocks.max_registers
-    fitted = blocks.sized(BLOCK_P=width, IMAGES=columns // width, FULL=int(full), TAIL=tail)
+    fitted = blocks.sized(BLOCK_P=width, IMAGES=blocks.sizes["BLOCK_P"] // width, FULL=int(full), TAIL=tail)
     return fitted.changed(max_registers=bound)
 
 
@@ -185,9 +190,12 @@ def image_gradient(img: Tensor, n: int, cells: int) -> Blocks:
 
 
 def fit_image_gradient(blocks: Blocks, cells: int) -> Blocks:
-    """One or two images a program: two where both fit. Of half a tile or less, two programs of 8 warps fit too."""
+    """One or two images a program: two where both fit. Of half a tile or less, two programs of 8 warps fit too.
+
+    With 4 warps up to 64 cells of an image: 128 of one spill, 64 of each of two do not.
+    """
     rows = blocks.sizes["BLOCK_P"]
-    width = min(max(16, power_of_two(cells)), rows)
+    width = min(max(16, power_of_two(cells)), rows if blocks.num_warps == 8 else 64)
     images = 2 if 2 * width <= rows else 1
     two_programs = blocks.num_warps == 8 and 2 * images * width <= rows
     bound = 128 if two_programs else blocks.max_registers
