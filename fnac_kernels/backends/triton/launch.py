@@ -12,15 +12,6 @@ from torch import Tensor
 Precision = Literal["tf32x3", "tf32"]
 
 
-def cells_as_rows(img: Tensor) -> Tensor:
-    """``img`` in channels_last memory: each cell's channels side by side, as the tensor cores want both operands.
-
-    A map of 7x7 in NCHW has rows of 98 bytes: no load of more than two bytes is aligned, none can be asynchronous.
-    The copy moves 2 bytes of every feature twice where the products read it hundreds of times.
-    """
-    return img.contiguous(memory_format=torch.channels_last)
-
-
 def precision(dtype: torch.dtype) -> Precision:
     """How float32 operands are multiplied on the tensor cores.
 

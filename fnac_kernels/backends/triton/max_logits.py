@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fnac_kernels.backends.triton import sweep, tuning
-from fnac_kernels.backends.triton.launch import cells_as_rows, on, precision, run
+from fnac_kernels.backends.triton.launch import on, precision, run
 from fnac_kernels.backends.triton.products import INTERPRETED, add_product
+from fnac_kernels.backends.triton.rows import cells_as_rows
 
 
 @triton.jit
@@ -39,9 +40,8 @@ def marked(wanted):
     comparison, a choice and a minimum, each at half an FMA's rate.
     """
     # A factor for each eight and one inside: a thread holds two of eight in every eight, so the first is an immediate.
-    eights: tl.constexpr = wanted.shape[2] // 8
-    ones = tl.reshape(wanted, (wanted.shape[0], wanted.shape[1], eights, 8)).to(tl.float32)
-    coarse = ((253 - 16 * tl.arange(0, eights)) << 23).to(tl.float32, bitcast=True)
+    ones = tl.reshape(wanted, (wanted.shape[0], wanted.shape[1], wanted.shape[2] // 8, 8)).to(tl.float32)
+    coarse = ((253 - 16 * tl.arange(0, wanted.shape[2] // 8)) << 23).to(tl.float32, bitcast=True)
     fine = ((127 - 2 * tl.arange(0, 8)) << 23).to(tl.float32, bitcast=True)
     return tl.sum(tl.sum(ones * coarse[None, None, :, None], axis=2) * fine[None, None, :], axis=2)
 

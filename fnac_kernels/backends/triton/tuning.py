@@ -52,8 +52,8 @@ class Blocks:
 # there (8 to 16, of 72, 96 or 128 registers), on another chip and with another map each time.
 _HOPPER = {
     # 85 flop for a byte from the L2 cache, which is the limit: tiles of 128 x 128, two programs a multiprocessor, hide
-    # one's maxima (a tenth of the products' time) behind the other's products, but have 64. Three stages are 144 KB.
-    # Measured on an H100 (4096 pairs, 512 channels, 7x7) when maxima took four times the instructions: 3.20 ms, with four
+    # one's maxima (two fifths of the products' time) behind the other's products, but have 64. Three stages are 144 KB.
+    # Measured on an H100 (4096 pairs, 512 channels, 7x7) when maxima took four times the instructions: 3.20 ms; four
     # stages 3.17; BLOCK_P 128 3.69, its 4 warps 3.05; BLOCK_P 128 and BLOCK_M 256 3.34; BLOCK_C 128 in two stages 3.67.
     "max_logits": Blocks({"BLOCK_P": 256, "BLOCK_M": 128, "BLOCK_C": 64, "GROUP": 32}, 8, 3),
     # Where the size above would leave multiprocessors idle: a quarter of it, three programs or four.
@@ -249,6 +249,11 @@ def adjacency_rows() -> Blocks:
 def elements() -> Blocks:
     """Element by element: memory traffic alone."""
     return Blocks({"BLOCK": 1024}, num_warps=4)
+
+
+def rows(cells: int) -> Blocks:
+    """A tile that is turned: 32 values a thread are its loads in flight."""
+    return Blocks({"BLOCK_P": _cells(cells), "BLOCK_C": 64}, num_warps=4)
 
 
 def whole_image(cells: int) -> Blocks | None:
