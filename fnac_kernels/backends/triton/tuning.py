@@ -8,6 +8,7 @@ the compiler made of each line), except where a line says what was measured. ``F
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,7 +26,7 @@ class Blocks:
     num_stages: int = 2
     max_registers: int | None = None
 
-    @property
+    @functools.cached_property
     def options(self) -> dict[str, int]:
         """Keyword arguments of the launch."""
         options = {**self.sizes, "num_warps": self.num_warps, "num_stages": self.num_stages}
@@ -150,6 +151,12 @@ def _line(x: Tensor, name: str) -> Blocks:
     return TABLE[architecture(x.device)][name]
 
 
+@functools.cache
+def _fitted(fit: Callable[[Blocks, int], Blocks], capability: int, name: str, cells: int) -> Blocks:
+    """A line of the table for a map: at 256 pairs the host's time is the limit, and fitting takes 10 us of it."""
+    return fit(TABLE[capability][name], cells)
+
+
 def power_of_two(count: int) -> int:
     """The smallest power of two that holds ``count``."""
     return 1 << (count - 1).bit_length()
@@ -161,11 +168,12 @@ def _cells(count: int) -> int:
 
 
 def max_logits(img: Tensor, n: int, m: int, cells: int) -> Blocks:
+    capability = architecture(img.device)
     if img.dtype == torch.float32:
-        return fit_max_logits(_line(img, "max_logits_float32"), cells)
-    blocks = fit_max_logits(_line(img, "max_logits"), cells)
+        return _fitted(fit_max_logits, capability, "max_logits_float32", cells)
+    blocks = _fitted(fit_max_logits, capability, "max_logits", cells)
     programs = (n // blocks.sizes["IMAGES"]) * (m // blocks.sizes["BLOCK_M"])
-    return blocks if programs >= 128 else fit_max_logits(_line(img, "max_logits_small"), cells)
+    return blocks if programs >= 128 else _fitted(fit_max_logits, capability, "max_logits_small", cells)
 
 
 def fit_max_logits(blocks: Blocks, cells: int) -> Blocks:
@@ -183,10 +191,11 @@ def fit_max_logits(blocks: Blocks, cells: int) -> Blocks:
 
 
 def image_gradient(img: Tensor, n: int, cells: int) -> Blocks:
-    if img.dtype != torch.bfloat16:
-        return fit_image_gradient(_line(img, "image_gradient_float32"), cells)
-    large = n * cells >= 128 * 64
-    return fit_image_gradient(_line(img, "image_gradient" if large else "image_gradient_small"), cells)
+    if img.dtype == torch.bfloat16:
+        name = "image_gradient" if n * cells >= 128 * 64 else "image_gradient_small"
+    else:
+        name = "image_gradient_float32"
+    return _fitted(fit_image_gradient, architecture(img.device), name, cells)
 
 
 def fit_image_gradient(blocks: Blocks, cells: int) -> Blocks:
@@ -203,7 +212,9 @@ def fit_image_gradient(blocks: Blocks, cells: int) -> Blocks:
 
 
 def audio_share(img: Tensor, cells: int, gather: bool) -> Blocks:
-    return _line(img, "audio_share_gather") if gather else fit_audio_share(_line(img, "audio_share"), cells)
+    if gather:
+        return _line(img, "audio_share_gather")
+    return _fitted(fit_audio_share, architecture(img.device), "audio_share", cells)
 
 
 def fit_audio_share(blocks: Blocks, cells: int) -> Blocks:
@@ -215,6 +226,7 @@ def splits(tiles: int, images: int) -> int:
     return max(1, min(256 // tiles, images // 8))
 
 
+@functools.cache
 def audio_gradient() -> Blocks:
     """One sound's channels: memory traffic alone."""
     return Blocks({"BLOCK_C": 512}, num_warps=4)
@@ -241,30 +253,36 @@ def adjacency_features(aud: Tensor) -> Blocks:
     return _adjacency_line(aud, "adjacency_features")
 
 
+@functools.cache
 def adjacency_rows() -> Blocks:
     """Sums over slots: memory traffic alone."""
     return Blocks({"BLOCK": 64}, num_warps=2)
 
 
+@functools.cache
 def elements() -> Blocks:
     """Element by element: memory traffic alone."""
     return Blocks({"BLOCK": 1024}, num_warps=4)
 
 
+@functools.cache
 def rows(cells: int) -> Blocks:
     """A tile that is turned: 32 values a thread are its loads in flight."""
     return Blocks({"BLOCK_P": _cells(cells), "BLOCK_C": 64}, num_warps=4)
 
 
+@functools.cache
 def whole_image(cells: int) -> Blocks | None:
     """All cells of some channels, 16 values a thread. None where a map has so many that one program is too few."""
     block_p = max(16, power_of_two(cells))
     return None if cells > 256 else Blocks({"BLOCK_P": block_p, "BLOCK_C": 4096 // block_p}, num_warps=8)
 
 
+@functools.cache
 def map_cells(cells: int) -> Blocks:
     return Blocks({"BLOCK_P": min(max(16, power_of_two(cells)), 32), "BLOCK_C": 64}, num_warps=4)
 
 
+@functools.cache
 def pool_channels(cells: int) -> Blocks:
     return Blocks({"BLOCK_P": min(max(16, power_of_two(cells)), 32), "BLOCK_C": 64}, num_warps=4)
