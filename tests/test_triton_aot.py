@@ -27,7 +27,8 @@ SHARED_LIMIT = {80: 163, 86: 99, 90: 227, 100: 227}
 TESTED_WITH = "3.6.0"
 DTYPES = ("fp32", "bf16", "fp16")
 NO_PRODUCTS = (
-    "image nchw", "image nhwc", "map", "pool", "audio_share_gather", "audio_gradient", "collect", "finish", "parts"
+    "rows", "image nchw", "image nhwc", "map", "pool", "audio_share_gather", "audio_gradient", "collect", "finish",
+    "parts",
 )  # fmt: skip
 #: Tiles of 32 rows, which the newer instructions do not make.
 SMALL_TILES = re.compile(r"(statistics|distances|weights)_small.*|image_gradient(_small)? (nchw|nhwc) (4|16)")

@@ -50,6 +50,57 @@ def test_values_that_are_not_finite():
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+FIRST = """
+import itertools, sys, torch, fnac_kernels
+from fnac_kernels.backends import triton as backend
+from fnac_kernels.backends.triton import tuning
+nan, inf = float("nan"), float("inf")
+line = tuning.TABLE[90]["max_logits"]
+tiles = tuning.max_logits, lambda img, n, m, cells: tuning.fit_max_logits(line, cells)
+shapes = (1, 3), (5, 5), (7, 7), (8, 8), (9, 9), (14, 14)
+for tile, dtype, (h, w) in itertools.product(tiles, (torch.float32, torch.bfloat16), shapes):
+    tuning.max_logits = tile
+    torch.manual_seed(0)
+    # Small whole numbers: their sums are exact, and many of them equal.
+    img, aud = torch.randint(-2, 3, (5, 16, h * w)).to(dtype), torch.randint(-1, 2, (6, 16)).to(dtype)
+    img[0], img[1, :, -1] = 0, nan
+    img[2, 3, 1:3], img[2, :, 0] = nan, inf
+    img[3, 0, 2], img[3, 1, 2], img[4, 0] = inf, -inf, -inf
+    aud[1], aud[2, 4], aud[3, 5], aud[4] = 0, inf, nan, 1
+    logits, argmax = backend.max_logits(img.view(5, 16, h, w), aud, 1.0)
+    every = torch.einsum("ncp,mc->nmp", img.double(), aud.double())
+    top = every.max(2).values
+    wins = torch.where(top.isnan()[..., None], every.isnan(), every == top[..., None])
+    torch.testing.assert_close(logits.double(), top, equal_nan=True, rtol=0, atol=0)
+    assert torch.equal(argmax.long(), wins.to(torch.int8).argmax(2)), (dtype, h, w)
+"""
+
+
+def test_the_first_cell_of_a_maximum_wins_and_of_nan_the_first():
+    done = interpret("-c", FIRST)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+ROWS = """
+import itertools, torch, fnac_kernels
+from fnac_kernels.backends.triton.rows import cells_as_rows
+shapes = (3, 5, 7, 7), (2, 70, 7, 7), (1, 64, 14, 14), (2, 130, 3, 3), (1, 3, 1, 4), (2, 1, 5, 5), (1, 17, 17, 17)
+for dtype, (n, c, h, w) in itertools.product((torch.float32, torch.bfloat16, torch.float16), shapes):
+    img = torch.randn(n, c, h, w).to(dtype)
+    img.view(-1)[3] = float("nan")
+    last = img.contiguous(memory_format=torch.channels_last)
+    for x in (img, last, img.tensor_split(2)[0], img.transpose(2, 3), torch.cat((img, img), 1)[:, ::2]):
+        wanted, got = x.contiguous(memory_format=torch.channels_last), cells_as_rows(x)
+        torch.testing.assert_close(got, wanted, equal_nan=True, rtol=0, atol=0, check_stride=True)
+    assert cells_as_rows(last) is last
+"""
+
+
+def test_rows_of_cells_are_what_pytorch_makes_of_them():
+    done = interpret("-c", ROWS)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 SATURATED = """
 import torch, fnac_kernels as fk
 for n, dtype in ((1, torch.float32), (20, torch.float32), (20, torch.bfloat16)):

@@ -109,6 +109,8 @@ def of_maps(capability: int, dtype: str, cells: int) -> Iterator[Variant]:
         blocks = tuning.fit_max_logits(table[name], cells)
         for how, precision in _precisions(dtype):
             yield Variant(f"{name} {cells}{how}", logits, blocks, precision, wide=wide)
+    turned = ("P",) if cells % 16 == 0 else ()
+    yield Variant(f"rows {cells}", _module("rows").rows_kernel, tuning.rows(cells), {}, turned)
     nchw_rows = () if cells % 16 else ("stride_c",)
     for layout, stride, aligned in (("nchw", NCHW, nchw_rows), ("nhwc", CHANNELS_LAST, ("stride_p",))):
         where = f"{layout} {cells}"
@@ -173,7 +175,7 @@ def compiled(capability: int, dtype: str, variant: Variant) -> Any:
     """Compile with the divisibility of C = 512 and of allocated tensors."""
     constants = variant.constants | variant.blocks.sizes
     features = f"*{dtype}"
-    pointers = dict.fromkeys(("img", "aud", "dimg", "daud"), features)
+    pointers = dict.fromkeys(("img", "aud", "dimg", "daud", "copy"), features)
     pointers |= {"argmax": "*u16" if variant.wide else "*u8", "mask": "*i8"}
     if variant.kernel.__name__ == "features_kernel":
         pointers["daud"] = "*fp32"

@@ -39,13 +39,13 @@ from fnac_kernels.backends.triton.adjacency_tiles import (
     sign_of_difference,
     softmax,
 )  # fmt: skip
-from fnac_kernels.backends.triton.launch import on, precision, run
+from fnac_kernels.backends.triton.launch import Constant, on, precision, run
 
 #: Planes of the first kernel's partials: (maximum, sum of exp) of A, F, I, L, kept L at LSE_A .., then of L's columns.
-LSE_COLUMN = tl.constexpr(10)
-LSE_PLANES = tl.constexpr(12)
+LSE_COLUMN = Constant(10)
+LSE_PLANES = Constant(12)
 #: Planes of the second kernel's partials: the row sums, in the order of row_stats from S1A on.
-SUM_PLANES = tl.constexpr(6)
+SUM_PLANES = Constant(6)
 
 
 @triton.jit

@@ -15,13 +15,13 @@ import torch
 import triton
 import triton.language as tl
 
+from fnac_kernels.backends.triton.launch import Constant
 from fnac_kernels.backends.triton.products import add_product
 
 ROW_STATS = 16
-LSE_A, LSE_F, LSE_I, LSE_L, LSE_KEPT = (tl.constexpr(column) for column in (0, 2, 4, 6, 8))
+LSE_A, LSE_F, LSE_I, LSE_L, LSE_KEPT, S1A, S2A, S2F, S3I, S1L, S3L = map(Constant, (0, 2, 4, 6, 8, *range(10, 16)))
 #: How far rounding may move a float32 logit, of its size: products of float32, and of 16-bit features' means in parts.
-EXACT, IN_PARTS = tl.constexpr(2.0**-21), tl.constexpr(2.0**-17)
-S1A, S2A, S2F, S3I, S1L, S3L = (tl.constexpr(column) for column in range(10, 16))
+EXACT, IN_PARTS = Constant(2.0**-21), Constant(2.0**-17)
 
 
 @triton.jit

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from fnac_kernels._native import image_strides
 from fnac_kernels.backends.triton import sweep, tuning
-from fnac_kernels.backends.triton.launch import cells_as_rows, run
+from fnac_kernels.backends.triton.launch import run
 from fnac_kernels.backends.triton.one_hot import one_hot, one_hot_products
 from fnac_kernels.backends.triton.products import add_product
+from fnac_kernels.backends.triton.rows import cells_as_rows
 
 #: Counted: products of 2*64*ceil(P/64) flop a pair and channel at 600 TFLOP/s, against 2 bytes at 5 TB/s.
 GATHER_CELLS = 128

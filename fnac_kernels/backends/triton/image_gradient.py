@@ -35,7 +35,7 @@ def image_gradient_kernel(
     PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
     IMAGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_P cells of one or two images (then all their cells), by BLOCK_C channels.
+    """BLOCK_P cells of one or two images by BLOCK_C channels.
 
     Two images share every tile of sounds that is read: at 7x7 half the traffic, which would be the limit.
     """

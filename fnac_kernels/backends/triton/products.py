@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.runtime.interpreter import InterpretedFunction
+
+from fnac_kernels.backends.triton.launch import Constant
 
 
 @triton.jit
 def _probe():
-    """Only its type is looked at."""
+    """Whether Triton's interpreter runs the kernels was settled when they were defined: this one's type tells."""
 
 
-#: Whether Triton's interpreter runs the kernels: that was settled when they were defined.
-INTERPRETED = tl.constexpr(isinstance(_probe, InterpretedFunction))
+INTERPRETED = Constant(not isinstance(_probe, triton.JITFunction))
 
 
 @triton.jit

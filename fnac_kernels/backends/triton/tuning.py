@@ -1,12 +1,14 @@
 """Tile sizes, in one place: a table per architecture, and how a tile is fitted to a map.
 
 Chosen by counting flops, bytes, registers and shared memory (README.md; ``tests/data/triton_resources.txt`` keeps what
-the compiler made of each line); none is measured on a GPU yet. ``FNAC_TRITON_SWEEP=1`` tries neighbours (sweep.py).
+the compiler made of each line), except where a line says what was measured. ``FNAC_TRITON_SWEEP=1`` tries neighbours
+(sweep.py).
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,7 +26,7 @@ class Blocks:
     num_stages: int = 2
     max_registers: int | None = None
 
-    @property
+    @functools.cached_property
     def options(self) -> dict[str, int]:
         """Keyword arguments of the launch."""
         options = {**self.sizes, "num_warps": self.num_warps, "num_stages": self.num_stages}
@@ -51,19 +53,23 @@ class Blocks:
 # there (8 to 16, of 72, 96 or 128 registers), on another chip and with another map each time.
 _HOPPER = {
     # 85 flop for a byte from the L2 cache, which is the limit: tiles of 128 x 128, two programs a multiprocessor, hide
-    # one's maxima (a sixth of the products' time) behind the other's products, but have 64. Three stages are 144 KB.
+    # one's maxima (two fifths of the products' time) behind the other's products, but have 64. Three stages are 144 KB.
+    # Measured on an H100 (4096 pairs, 512 channels, 7x7) when maxima took four times the instructions: 3.20 ms; four
+    # stages 3.17; BLOCK_P 128 3.69, its 4 warps 3.05; BLOCK_P 128 and BLOCK_M 256 3.34; BLOCK_C 128 in two stages 3.67.
     "max_logits": Blocks({"BLOCK_P": 256, "BLOCK_M": 128, "BLOCK_C": 64, "GROUP": 32}, 8, 3),
     # Where the size above would leave multiprocessors idle: a quarter of it, three programs or four.
     "max_logits_small": Blocks({"BLOCK_P": 64, "BLOCK_M": 64, "BLOCK_C": 64, "GROUP": 32}, 4, 3, 168),
     # Three products for one, operands split in registers.
     "max_logits_float32": Blocks({"BLOCK_P": 64, "BLOCK_M": 64, "BLOCK_C": 32, "GROUP": 32}, 4),
-    # 64 accumulators a thread. Half as many channels would build the weights twice as often: more ALU than products.
-    "image_gradient": Blocks({"BLOCK_P": 128, "BLOCK_M": 64, "BLOCK_C": 128}, 8, 3),
+    # 128 accumulators a thread, two programs. Measured on an H100 (4096 pairs, 512 channels, 7x7): 3.06 ms; BLOCK_P 64
+    # 3.32, 8 warps 4.80, those with four stages 4.65, with BLOCK_C 256 3.28, with BLOCK_M 128 3.85.
+    "image_gradient": Blocks({"BLOCK_P": 128, "BLOCK_M": 64, "BLOCK_C": 128}, 4, 3),
     # A quarter of it for small batches: four programs a multiprocessor.
     "image_gradient_small": Blocks({"BLOCK_P": 64, "BLOCK_M": 64, "BLOCK_C": 64}, 4, 2, 128),
     # Weights are float32: 32 pairs of them are the registers of 64 in bfloat16.
     "image_gradient_float32": Blocks({"BLOCK_P": 64, "BLOCK_M": 32, "BLOCK_C": 64}, 4),
-    # 32 cells at a time: with 64 the weights take the registers of the second program.
+    # 32 cells at a time: with 64 the weights take the registers of the second program. Measured on an H100 (4096 pairs,
+    # 512 channels, 7x7): 3.48 ms; 64 cells 5.27, 4 warps for them 3.50, BLOCK_C 256 3.57, BLOCK_M 64 4.21 to 5.69.
     "audio_share": Blocks({"BLOCK_P": 32, "BLOCK_M": 128, "BLOCK_C": 128}, 8, 3, 128),
     # Nothing is multiplied on the tensor cores: many small programs hide the gathers' latency.
     "audio_share_gather": Blocks({"BLOCK_P": 16, "BLOCK_M": 32, "BLOCK_C": 128}, 4),
@@ -91,8 +97,12 @@ _HOPPER = {
 # mma.sync keeps both operands in registers: a bound on them makes spills where two programs are wanted, and tiles of
 # adjacency are the small ones.
 _AMPERE = _HOPPER | {
+    # 64 accumulators a thread. Half as many channels would build the weights twice as often: more ALU than products.
+    "image_gradient": Blocks({"BLOCK_P": 128, "BLOCK_M": 64, "BLOCK_C": 128}, 8, 3),
     # 48 KB in three stages; one program a multiprocessor (255 registers), two would need 128.
     "max_logits": Blocks({"BLOCK_P": 128, "BLOCK_M": 128, "BLOCK_C": 32, "GROUP": 32}, 8, 3),
+    # Three or four programs; of 32 channels the operands' parts take 255 registers, two programs.
+    "max_logits_float32": Blocks({"BLOCK_P": 64, "BLOCK_M": 64, "BLOCK_C": 16, "GROUP": 32}, 4, 3),
     # Hopper's without its bound: 194 registers, 128 would spill.
     "audio_share": Blocks({"BLOCK_P": 32, "BLOCK_M": 128, "BLOCK_C": 128}, 8, 3),
     # Three programs; tiles of 64 spill.
@@ -102,9 +112,8 @@ _AMPERE = _HOPPER | {
 }
 # 100 KB of shared memory a multiprocessor, of which no line takes more than half; three stages spill here.
 _SMALL = _AMPERE | {
-    # All registers that two programs have, which three products take anyway.
-    "max_logits_float32": _HOPPER["max_logits_float32"].changed(max_registers=255),
-    # The same; one product takes 193, and without a bound spills to make room for four programs.
+    # All registers that two programs have, which three products take anyway; one product takes 193, and without a bound
+    # spills to make room for four programs.
     "adjacency_weights_small_float32": _HOPPER["adjacency_weights_small_float32"].changed(max_registers=255),
     # 16 KB a program: four fit, of 32 KB three.
     "max_logits_small": _AMPERE["max_logits_small"].changed(num_stages=2),
@@ -114,9 +123,10 @@ _SMALL = _AMPERE | {
 }
 # Accumulators lie in tensor memory and pass through registers for the maximum: smaller tiles.
 _BLACKWELL = _HOPPER | {
+    "image_gradient": _AMPERE["image_gradient"],
     # Two programs, one of them at its products while the other is at its maxima.
     "max_logits": Blocks({"BLOCK_P": 128, "BLOCK_M": 128, "BLOCK_C": 64, "GROUP": 32}, 8, 3, 128),
-    # Three or four programs; the compiler on its own spills with one TensorFloat-32 product.
+    # Three or four programs, where the compiler on its own spills with one TensorFloat-32 product.
     "max_logits_float32": _HOPPER["max_logits_float32"].changed(max_registers=168),
     # Four programs: there it spills too.
     "adjacency_features_small_float32": _HOPPER["adjacency_features_small_float32"].changed(max_registers=128),
@@ -141,6 +151,12 @@ def _line(x: Tensor, name: str) -> Blocks:
     return TABLE[architecture(x.device)][name]
 
 
+@functools.cache
+def _fitted(fit: Callable[[Blocks, int], Blocks], capability: int, name: str, cells: int) -> Blocks:
+    """A line of the table for a map: at 256 pairs the host's time is the limit, and fitting takes 10 us of it."""
+    return fit(TABLE[capability][name], cells)
+
+
 def power_of_two(count: int) -> int:
     """The smallest power of two that holds ``count``."""
     return 1 << (count - 1).bit_length()
@@ -152,20 +168,17 @@ def _cells(count: int) -> int:
 
 
 def max_logits(img: Tensor, n: int, m: int, cells: int) -> Blocks:
+    capability = architecture(img.device)
     if img.dtype == torch.float32:
-        return fit_max_logits(_line(img, "max_logits_float32"), cells)
-    blocks = fit_max_logits(_line(img, "max_logits"), cells)
+        return _fitted(fit_max_logits, capability, "max_logits_float32", cells)
+    blocks = _fitted(fit_max_logits, capability, "max_logits", cells)
     programs = (n // blocks.sizes["IMAGES"]) * (m // blocks.sizes["BLOCK_M"])
-    return blocks if programs >= 128 else fit_max_logits(_line(img, "max_logits_small"), cells)
+    return blocks if programs >= 128 else _fitted(fit_max_logits, capability, "max_logits_small", cells)
 
 
 def fit_max_logits(blocks: Blocks, cells: int) -> Blocks:
-    """A tile for a map of up to 64 cells; of larger ones tiles of 64, and one of 16 or 32 where that holds the rest.
-
-    Of maps of up to 32 cells 4 or 8 images at most: the maxima of more images than that spill on Hopper.
-    """
+    """A tile for a map of up to 64 cells; of larger ones tiles of 64, and one of 16 or 32 where that holds the rest."""
     width = _cells(cells)
-    columns = blocks.sizes["BLOCK_P"] if width == 64 else min(blocks.sizes["BLOCK_P"], 128)
     full = cells > width
     tail = _cells((cells - 1) % width + 1) if full else width
     if full and tail == width:
@@ -173,21 +186,25 @@ def fit_max_logits(blocks: Blocks, cells: int) -> Blocks:
     # Two programs of 8 warps: of a single tile the compiler makes them by itself (and spills when told to), of a loop
     # of full tiles when told to, of two kinds of tiles not at all.
     bound = None if blocks.num_warps == 8 and (tail or not full) else blocks.max_registers
-    fitted = blocks.sized(BLOCK_P=width, IMAGES=columns // width, FULL=int(full), TAIL=tail)
+    fitted = blocks.sized(BLOCK_P=width, IMAGES=blocks.sizes["BLOCK_P"] // width, FULL=int(full), TAIL=tail)
     return fitted.changed(max_registers=bound)
 
 
 def image_gradient(img: Tensor, n: int, cells: int) -> Blocks:
-    if img.dtype != torch.bfloat16:
-        return fit_image_gradient(_line(img, "image_gradient_float32"), cells)
-    large = n * cells >= 128 * 64
-    return fit_image_gradient(_line(img, "image_gradient" if large else "image_gradient_small"), cells)
+    if img.dtype == torch.bfloat16:
+        name = "image_gradient" if n * cells >= 128 * 64 else "image_gradient_small"
+    else:
+        name = "image_gradient_float32"
+    return _fitted(fit_image_gradient, architecture(img.device), name, cells)
 
 
 def fit_image_gradient(blocks: Blocks, cells: int) -> Blocks:
-    """One or two images a program: two where both fit. Of half a tile or less, two programs of 8 warps fit too."""
+    """One or two images a program: two where both fit. Of half a tile or less, two programs of 8 warps fit too.
+
+    With 4 warps up to 64 cells of an image: 128 of one spill, 64 of each of two do not.
+    """
     rows = blocks.sizes["BLOCK_P"]
-    width = min(max(16, power_of_two(cells)), rows)
+    width = min(max(16, power_of_two(cells)), rows if blocks.num_warps == 8 else 64)
     images = 2 if 2 * width <= rows else 1
     two_programs = blocks.num_warps == 8 and 2 * images * width <= rows
     bound = 128 if two_programs else blocks.max_registers
@@ -195,7 +212,9 @@ def fit_image_gradient(blocks: Blocks, cells: int) -> Blocks:
 
 
 def audio_share(img: Tensor, cells: int, gather: bool) -> Blocks:
-    return _line(img, "audio_share_gather") if gather else fit_audio_share(_line(img, "audio_share"), cells)
+    if gather:
+        return _line(img, "audio_share_gather")
+    return _fitted(fit_audio_share, architecture(img.device), "audio_share", cells)
 
 
 def fit_audio_share(blocks: Blocks, cells: int) -> Blocks:
@@ -207,6 +226,7 @@ def splits(tiles: int, images: int) -> int:
     return max(1, min(256 // tiles, images // 8))
 
 
+@functools.cache
 def audio_gradient() -> Blocks:
     """One sound's channels: memory traffic alone."""
     return Blocks({"BLOCK_C": 512}, num_warps=4)
@@ -233,25 +253,36 @@ def adjacency_features(aud: Tensor) -> Blocks:
     return _adjacency_line(aud, "adjacency_features")
 
 
+@functools.cache
 def adjacency_rows() -> Blocks:
     """Sums over slots: memory traffic alone."""
     return Blocks({"BLOCK": 64}, num_warps=2)
 
 
+@functools.cache
 def elements() -> Blocks:
     """Element by element: memory traffic alone."""
     return Blocks({"BLOCK": 1024}, num_warps=4)
 
 
+@functools.cache
+def rows(cells: int) -> Blocks:
+    """A tile that is turned: 32 values a thread are its loads in flight."""
+    return Blocks({"BLOCK_P": _cells(cells), "BLOCK_C": 64}, num_warps=4)
+
+
+@functools.cache
 def whole_image(cells: int) -> Blocks | None:
     """All cells of some channels, 16 values a thread. None where a map has so many that one program is too few."""
     block_p = max(16, power_of_two(cells))
     return None if cells > 256 else Blocks({"BLOCK_P": block_p, "BLOCK_C": 4096 // block_p}, num_warps=8)
 
 
+@functools.cache
 def map_cells(cells: int) -> Blocks:
     return Blocks({"BLOCK_P": min(max(16, power_of_two(cells)), 32), "BLOCK_C": 64}, num_warps=4)
 
 
+@functools.cache
 def pool_channels(cells: int) -> Blocks:
     return Blocks({"BLOCK_P": min(max(16, power_of_two(cells)), 32), "BLOCK_C": 64}, num_warps=4)
