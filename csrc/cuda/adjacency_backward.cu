@@ -126,11 +126,11 @@ void run(const AdjacencyBackward& job, const Launch& where) {
         launch(gradient_kernel, {"gradient_kernel", panel.rows, n, inputs.c, 1},
                {ceil_div(panel.rows, kTile) * column_blocks}, kThreads, kTile * kPitch * sizeof(float), where,
                arguments);
-        Products products{{}, 0, panel.rows, inputs.c, n, false, inputs.scale};
+        Products products{{}, 0, panel.rows, inputs.c, n, inputs.scale};
         const auto add = [&](bool wanted, const float* gradient, const float* features, float* out) {
             if (wanted) products.each[products.count++] = {gradient, features, out + panel.row0 * inputs.c};
         };
-        add(needs.s1 || needs.s2, panel.a, inputs.aud, job.daud);
+        add(needs.s1 || needs.s2, panel.a, job.sounds, job.daud);
         add(needs.s2, panel.f, inputs.foreground, job.dforeground);
         add(needs.s3, panel.i, inputs.avg, job.davg);
         if (products.count > 0) multiply(products, where);

@@ -97,12 +97,21 @@ FNAC_DEVICE BFloat16 narrow(float x) {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 
-// Copies 16 bytes to shared memory without waiting, or writes zeros where the source is not to be read.
-// Both addresses are multiples of 16.
+// Copies 16 or 4 bytes to shared memory without waiting, or writes zeros where the source is not to be read.
+// Both addresses are multiples of as many.
+template <int kBytes = 16>
 FNAC_DEVICE void copy_async(void* to, const void* from, bool read) {
+    static_assert(kBytes == 16 || kBytes == 4);
     const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(read ? 16 : 0)
-                 : "memory");
+    if constexpr (kBytes == 16) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
+                     "r"(read ? 16 : 0)
+                     : "memory");
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(from),
+                     "r"(read ? 4 : 0)
+                     : "memory");
+    }
 }
 // Closes a group of copies; waits until all but the last `kPending` groups of this thread have arrived.
 FNAC_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -113,8 +122,13 @@ FNAC_DEVICE void copy_wait() {
 
 #else
 
+template <int kBytes = 16>
 FNAC_DEVICE void copy_async(void* to, const void* from, bool read) {
-    *static_cast<Bits128*>(to) = read ? *static_cast<const Bits128*>(from) : Bits128{};
+    if constexpr (kBytes == 16) {
+        *static_cast<Bits128*>(to) = read ? *static_cast<const Bits128*>(from) : Bits128{};
+    } else {
+        *static_cast<uint32_t*>(to) = read ? *static_cast<const uint32_t*>(from) : 0;
+    }
 }
 FNAC_DEVICE void copy_commit() {}
 template <int kPending>

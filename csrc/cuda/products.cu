@@ -1,153 +1,431 @@
-// A block owns a tile of 64 x 64 or 128 x 128 elements, a thread 4 x 4 or 8 x 8 of them. The depth passes in
-// steps of 16, turned in shared memory so that a thread reads its rows and columns 16 bytes at a time; the
-// next step is loaded into registers during the products. Fused multiply-adds: the features are float32, and
-// the softmaxes of trained ones show every bit.
+// A block owns a tile of 64 x 64 or 128 x 128 elements.
+//
+// Of float32, a thread owns 4 x 4 or 8 x 8 of them. The depth passes in steps of 16 or 8, turned on the way
+// to shared memory so that a thread reads its rows and columns 16 bytes at a time. Fused multiply-adds: the
+// features are float32, and the softmaxes of trained ones show every bit.
+//
+// Products of 16-bit sounds with each other are exact on the tensor cores. Those cut off what does not fit
+// below a sum, so a sum there is of 32 channels only, and the sums of 32 are added up with rounding.
 #include "cuda/products.cuh"
+#include "cuda/stage.cuh"
 
 namespace fnac::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kDepth = 16;
-constexpr int64_t kManyRows = 1024;  // from here on the larger tiles fill the machine
+constexpr int64_t kManyBlocks = 96;  // of large tiles: from here on they fill a machine
 
+// The depth passes in steps, of which so many are in flight.
+template <int kSide>
+constexpr int kStep = 64 / kSide;
+template <int kSide>
+constexpr int kStages = kSide == 8 ? 4 : 3;
 // Of an operand's tile in shared memory.
 template <int kSide>
 constexpr int kPitch = 16 * kSide + 4;
 template <int kSide>
-constexpr int kFloats = kDepth * kPitch<kSide>;
+constexpr int kFloats = kStep<kSide> * kPitch<kSide>;
 
-// Elements (k, row) of an operand's tile, of a matrix (size, depth) or, if not kRowsOfDepth, (depth, size). A
-// thread keeps its place in the contiguous dimension and strides along the other.
-template <int kSide, bool kRowsOfDepth>
-class Operand {
+// Elements (k, row) of a tile of rows, of a matrix (size, depth): turned on the way. Eight lanes copy a row's
+// neighbours in memory, to different banks.
+template <int kSide>
+class Rows {
   public:
-    FNAC_DEVICE Operand(const float* matrix, int64_t first, int64_t size, int64_t depth, int k0)
-        : stride_(static_cast<int>(kRowsOfDepth ? depth : size)) {
-        const int64_t rest = size - first;
-        rows_ = rest < kTile ? static_cast<int>(rest) : kTile;
-        next_ = matrix + (kRowsOfDepth ? (first + moving()) * depth + k0 + still()
-                                       : (k0 + moving()) * size + first + still());
+    FNAC_DEVICE Rows(const float* matrix, int first, int64_t size, int depth, int begin)
+        : stride_(32 * depth), rest_(static_cast<int>(size) - first - row()) {
+        next_ = matrix + static_cast<int64_t>(first + row()) * depth + begin + column();
     }
 
-    // The next kDepth of the depth, of which there are `depth` left.
-    FNAC_DEVICE void load(int depth) {
-        const int end = still() < (kRowsOfDepth ? depth : rows_) ? (kRowsOfDepth ? rows_ : depth) : 0;
+    // Starts the copy of the next step of the depth, of which there are `left`.
+    FNAC_DEVICE void start(float* tile, int left) {
+        float* to = tile + column() * kPitch<kSide> + row();
 #pragma unroll
-        for (int i = 0; i < kSide; ++i)
-            values_[i] = moving() + i * kStep < end ? next_[static_cast<int64_t>(i * kStep) * stride_] : 0.f;
-        next_ += kRowsOfDepth ? kDepth : static_cast<int64_t>(kDepth) * stride_;
-    }
-    FNAC_DEVICE void store(float* tile) const {
-#pragma unroll
-        for (int i = 0; i < kSide; ++i) {
-            const int other = moving() + i * kStep;
-            tile[(kRowsOfDepth ? still() : other) * kPitch<kSide> + (kRowsOfDepth ? other : still())] =
-                values_[i];
+        for (int i = 0; i < 4; ++i) {
+            const int k = i % kGroups * 8, r = i / kGroups;
+            copy_async<4>(to + k * kPitch<kSide> + 32 * r, next_ + k + static_cast<int64_t>(r) * stride_,
+                          column() + k < left && 32 * r < rest_);
         }
+        next_ += kStep<kSide>;
     }
 
   private:
-    static constexpr int kTile = 16 * kSide;
-    static constexpr int kWidth = kRowsOfDepth ? kDepth : kTile;
-    static constexpr int kStep = kThreads / kWidth;
-    FNAC_DEVICE static int still() { return thread_index() % kWidth; }
-    FNAC_DEVICE static int moving() { return thread_index() / kWidth; }
+    static constexpr int kGroups = kStep<kSide> / 8;
+    FNAC_DEVICE static int column() { return thread_index() % 8; }
+    FNAC_DEVICE static int row() { return thread_index() / 8; }
 
-    const int stride_;
-    int rows_;
+    const int stride_, rest_;
     const float* next_;
-    float values_[kSide];
 };
+
+// The same of a tile of columns, of a matrix (depth, size); in large tiles 16 bytes at a time.
+template <int kSide>
+class Columns {
+  public:
+    FNAC_DEVICE Columns(const float* matrix, int first, int64_t size)
+        : size_(static_cast<int>(size)), there_(first + column() < size_) {
+        next_ = matrix + static_cast<int64_t>(row()) * size_ + first + column();
+    }
+
+    FNAC_DEVICE void start(float* tile, int left) {
+        float* to = tile + row() * kPitch<kSide> + column();
+#pragma unroll
+        for (int i = 0; i < kCopies; ++i) {
+            const int k = i * kRowsAtOnce;
+            copy_async<4 * kWidth>(to + k * kPitch<kSide>, next_ + static_cast<int64_t>(k) * size_,
+                                   there_ && row() + k < left);
+        }
+        next_ += static_cast<int64_t>(kStep<kSide>) * size_;
+    }
+
+  private:
+    static constexpr int kWidth = kSide == 8 ? 4 : 1, kCopies = 4 / kWidth;
+    static constexpr int kLanes = 16 * kSide / kWidth, kRowsAtOnce = kThreads / kLanes;
+    FNAC_DEVICE static int column() { return thread_index() % kLanes * kWidth; }
+    FNAC_DEVICE static int row() { return thread_index() / kLanes; }
+
+    const int size_;
+    const bool there_;
+    const float* next_;
+};
+
+// A thread's elements of a tile: fours of rows y + 64 i by fours of columns x + 64 j. A warp is 4 x 8
+// threads, numbered so that lanes that differ in the lowest bit read the same columns, in the next the same
+// rows: only then a read of 16 bytes by all takes two passes and not four.
+template <int kSide>
+struct PlainTile {
+    float sums[kSide][kSide] = {};
+
+    FNAC_DEVICE static int y() {
+        const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
+        return (warp / 2 * 4 + lane / 16 * 2 + lane % 2) * 4;
+    }
+    FNAC_DEVICE static int x() {
+        const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
+        return (warp % 2 * 8 + lane / 2 % 8) * 4;
+    }
+
+    static constexpr int64_t kBytes = kStages<kSide> * 2 * kFloats<kSide> * sizeof(float);
+
+    // Every element is summed in the order of the depth.
+    template <class Left, class Right>
+    FNAC_DEVICE void add(Left& left, Right& right, int depth) {
+        constexpr int kSteps = kStages<kSide>;
+        float* memory = reinterpret_cast<float*>(shared_memory());
+        const auto start = [&](int step) {
+            float* tile = memory + step % kSteps * 2 * kFloats<kSide>;
+            if (step * kStep<kSide> < depth) {
+                left.start(tile, depth - step * kStep<kSide>);
+                right.start(tile + kFloats<kSide>, depth - step * kStep<kSide>);
+            }
+            copy_commit();
+        };
+        for (int step = 0; step < kSteps - 1; ++step) start(step);
+        const int y = PlainTile::y(), x = PlainTile::x() + kFloats<kSide>;
+#pragma unroll 1
+        for (int step = 0; step * kStep<kSide> < depth; ++step) {
+            copy_wait<kSteps - 2>();
+            block_barrier();
+            // The step that is filled now was read before the barrier.
+            start(step + kSteps - 1);
+            const float* tile = memory + step % kSteps * 2 * kFloats<kSide>;
+#pragma unroll
+            for (int k = 0; k < kStep<kSide>; ++k) {
+                float a[kSide], b[kSide];
+#pragma unroll
+                for (int i = 0; i < kSide; i += 4) {
+                    const Float4 l = *reinterpret_cast<const Float4*>(tile + k * kPitch<kSide> + i * 16 + y);
+                    const Float4 r = *reinterpret_cast<const Float4*>(tile + k * kPitch<kSide> + i * 16 + x);
+                    a[i] = l.x, a[i + 1] = l.y, a[i + 2] = l.z, a[i + 3] = l.w;
+                    b[i] = r.x, b[i + 1] = r.y, b[i + 2] = r.z, b[i + 3] = r.w;
+                }
+#pragma unroll
+                for (int i = 0; i < kSide; ++i)
+#pragma unroll
+                    for (int j = 0; j < kSide; ++j) sums[i][j] = multiply_add(a[i], b[j], sums[i][j]);
+            }
+        }
+    }
+
+    // Elements (i, j..j + 3) and (i..i + 3, j), where i and j are multiples of four.
+    FNAC_DEVICE Float4 row(int i, int j, float scale) const {
+        return {sums[i][j] * scale, sums[i][j + 1] * scale, sums[i][j + 2] * scale, sums[i][j + 3] * scale};
+    }
+    FNAC_DEVICE Float4 column(int i, int j, float scale) const {
+        return {sums[i][j] * scale, sums[i + 1][j] * scale, sums[i + 2][j] * scale, sums[i + 3][j] * scale};
+    }
+};
+
+// Where elements of a symmetric product go: those of the rows from `row0` up to `end`.
+struct Mirror {
+    float* out;
+    int64_t row0, end, n;
+    float scale;
+    bool upper, lower;  // which of an element and its mirror image are in the panel
+    bool diagonal;      // the tile is its own mirror image: half of it is written, twice
+
+    FNAC_DEVICE void write(int64_t row, int64_t column, float sum) const {
+        if (row >= n || column >= n || (diagonal && row > column)) return;
+        if (upper && row < end) out[(row - row0) * n + column] = sum * scale;
+        if (lower && column < end) out[(column - row0) * n + row] = sum * scale;
+    }
+};
+
+template <int kSide>
+FNAC_DEVICE void write(const PlainTile<kSide>& tile, const Mirror& to, int64_t row0, int64_t column0) {
+    const int y = tile.y(), x = tile.x();
+    if (to.diagonal || to.n % 4 != 0) {
+#pragma unroll
+        for (int i = 0; i < kSide; ++i)
+#pragma unroll
+            for (int j = 0; j < kSide; ++j)
+                to.write(row0 + i / 4 * 64 + y + i % 4, column0 + j / 4 * 64 + x + j % 4, tile.sums[i][j]);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < kSide; ++i)
+#pragma unroll
+        for (int j = 0; j < kSide; j += 4) {
+            const int64_t row = row0 + i / 4 * 64 + y + i % 4, column = column0 + j / 4 * 64 + x;
+            if (to.upper && row < to.end && column < to.n)
+                *reinterpret_cast<Float4*>(to.out + (row - to.row0) * to.n + column) =
+                    tile.row(i, j, to.scale);
+        }
+#pragma unroll
+    for (int i = 0; i < kSide; i += 4)
+#pragma unroll
+        for (int j = 0; j < kSide; ++j) {
+            const int64_t row = row0 + i / 4 * 64 + y, column = column0 + j / 4 * 64 + x + j % 4;
+            if (to.lower && column < to.end && row < to.n)
+                *reinterpret_cast<Float4*>(to.out + (column - to.row0) * to.n + row) =
+                    tile.column(i, j, to.scale);
+        }
+}
+
+// A block's tile of products of 16-bit rows with each other: a warp owns a quarter of its rows and half of
+// its columns.
+template <int kSide, class T>
+struct TensorTile {
+    static constexpr int kTile = 16 * kSide, kStages = 3;
+    static constexpr int kStageBytes = 2 * kTile * kRowBytes;
+    static constexpr int kRowBlocks = kTile / 64, kColumnPairs = kTile / 32;  // of 16 rows, of 16 columns
+    static constexpr int64_t kBytes = kStages * kStageBytes;
+    float sums[kRowBlocks][2 * kColumnPairs][4] = {};
+
+    FNAC_DEVICE static int warp_row() { return thread_index() / kWarpSize / 2 * (kTile / 4); }
+    FNAC_DEVICE static int warp_column() { return thread_index() / kWarpSize % 2 * (kTile / 2); }
+
+    // `channels` from `begin` on of the rows from row0 and from column0. Of large tiles, rows are multiples
+    // of 16 bytes.
+    FNAC_DEVICE void add(const T* features, int n, int depth, int row0, int column0, int begin, int channels,
+                         bool aligned) {
+        constexpr int kChannels = kRowBytes / sizeof(T), kRowsAtOnce = kThreads / kChunks;
+        const int stages = (channels + kChannels - 1) / kChannels;
+        const int row = thread_index() / kChunks, chunk = thread_index() % kChunks;
+        const int rest[2] = {n - row0 - row, n - column0 - row};
+        const T* next[2] = {
+            features + static_cast<int64_t>(row0 + row) * depth + begin + chunk * kVector<T>,
+            features + static_cast<int64_t>(column0 + row) * depth + begin + chunk * kVector<T>};
+        const auto start = [&](int stage) {
+            char* to = chunk_of(shared_memory() + stage % kStages * kStageBytes, row, chunk);
+            const int left = channels - stage * kChannels - chunk * kVector<T>;
+#pragma unroll
+            for (int operand = 0; operand < 2; ++operand) {
+#pragma unroll
+                for (int i = 0; i < kTile; i += kRowsAtOnce)
+                    copy_chunk(to + (operand * kTile + i) * kRowBytes,
+                               i < rest[operand] ? next[operand] + static_cast<int64_t>(i) * depth : features,
+                               i < rest[operand], 0, left, kSide == 8 || aligned);
+                next[operand] += kChannels;
+            }
+        };
+        for (int stage = 0; stage < kStages - 1; ++stage) {
+            if (stage < stages) start(stage);
+            copy_commit();
+        }
+        const int lane = thread_index() % kWarpSize;
+#pragma unroll 1
+        for (int stage = 0; stage < stages; ++stage) {
+            copy_wait<kStages - 2>();
+            block_barrier();
+            // The stage that is filled now was read before the barrier.
+            if (stage + kStages - 1 < stages) start(stage + kStages - 1);
+            copy_commit();
+            char* rows = shared_memory() + stage % kStages * kStageBytes;
+            char* columns = rows + kTile * kRowBytes;
+            uint32_t a[2][kRowBlocks][4];
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+#pragma unroll
+                for (int i = 0; i < kRowBlocks; ++i)
+                    load_matrices(a[half][i],
+                                  chunk_of(rows, warp_row() + i * 16 + lane % 16, 2 * half + lane / 16));
+#pragma unroll
+            for (int pair = 0; pair < kColumnPairs; ++pair) {
+                uint32_t b[2][4];
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    load_matrices(b[half],
+                                  chunk_of(columns, warp_column() + pair * 16 + lane / 16 * 8 + lane % 8,
+                                           2 * half + lane / 8 % 2));
+#pragma unroll
+                for (int i = 0; i < kRowBlocks; ++i)
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) {
+                        float few[4] = {};
+#pragma unroll
+                        for (int half = 0; half < 2; ++half)
+                            multiply(T{}, few, a[half][i], b[half][2 * j], b[half][2 * j + 1]);
+#pragma unroll
+                        for (int k = 0; k < 4; ++k) sums[i][2 * pair + j][k] += few[k];
+                    }
+            }
+        }
+    }
+
+    FNAC_DEVICE void write(const Mirror& to, int64_t row0, int64_t column0) const {
+        const int lane = thread_index() % kWarpSize;
+#pragma unroll
+        for (int i = 0; i < kRowBlocks; ++i)
+#pragma unroll
+            for (int j = 0; j < 2 * kColumnPairs; ++j)
+#pragma unroll
+                for (int k = 0; k < 4; ++k)
+                    to.write(row0 + warp_row() + i * 16 + k / 2 * 8 + lane / 4,
+                             column0 + warp_column() + j * 8 + lane % 4 * 2 + k % 2, sums[i][j][k]);
+    }
+};
+
+struct GramsArguments {
+    Grams grams;
+    int column_blocks;
+    int part;      // of the depth
+    bool aligned;  // 16-bit rows are multiples of 16 bytes
+};
+
+// T is the type of the last product's features. Its blocks come last because they are the shortest.
+template <int kSide, class T>
+FNAC_KERNEL(kThreads, 2)
+grams_kernel(const GramsArguments arguments) {
+    constexpr int kTile = 16 * kSide;
+    const Grams& job = arguments.grams;
+    const int first = static_cast<int>(job.row0 / kTile);
+    const int tile = first + static_cast<int>(block_x()) / arguments.column_blocks;
+    const int other = static_cast<int>(block_x()) % arguments.column_blocks;
+    if (other >= first && other < tile) return;  // another block writes it with its mirror image
+    const int parts = static_cast<int>(job.parts);
+    const int z = block_z() / parts, part = block_z() % parts;
+    // The earlier rows are always the left operand: a product has one order of its sums in every panel.
+    const int row0 = (other < tile ? other : tile) * kTile, column0 = (other < tile ? tile : other) * kTile;
+    const int begin = part * arguments.part, depth = static_cast<int>(job.depth);
+    const int rest = depth - begin < arguments.part ? depth - begin : arguments.part;
+    // Not an index: parameters that are indexed end up in local memory.
+    const auto gram = [&] { return z == 0 ? job.each[0] : z == 1 ? job.each[1] : job.each[2]; };
+    const auto mirror = [&]() -> Mirror {
+        const int64_t end = job.row0 + job.rows;
+        return {gram().out + part * job.part_stride,
+                job.row0,
+                end,
+                job.n,
+                job.scale,
+                row0 >= job.row0,
+                column0 < end,
+                row0 == column0};
+    };
+    if constexpr (sizeof(T) == 2) {
+        if (z == job.count - 1) {
+            TensorTile<kSide, T> products;
+            products.add(static_cast<const T*>(gram().features), static_cast<int>(job.n), depth, row0,
+                         column0, begin, rest, arguments.aligned);
+            return products.write(mirror(), row0, column0);
+        }
+    }
+    const float* features = static_cast<const float*>(gram().features);
+    Rows<kSide> left(features, row0, job.n, depth, begin), right(features, column0, job.n, depth, begin);
+    PlainTile<kSide> products;
+    products.add(left, right, rest);
+    write(products, mirror(), row0, column0);
+}
+
+template <int kSide, class T>
+void start(const Grams& job, bool aligned, const Launch& where) {
+    constexpr int kTile = 16 * kSide;
+    int64_t bytes = PlainTile<kSide>::kBytes;
+    if constexpr (sizeof(T) == 2) bytes = larger(bytes, TensorTile<kSide, T>::kBytes);
+    const int64_t column_blocks = ceil_div(job.n, kTile), steps = ceil_div(job.depth, kPartStep);
+    launch(grams_kernel<kSide, T>, {"grams_kernel", job.rows, job.n, job.depth, 1},
+           {ceil_div(job.rows, kTile) * column_blocks, 1, job.count * job.parts}, kThreads, bytes, where,
+           GramsArguments{job, static_cast<int>(column_blocks),
+                          static_cast<int>(ceil_div(steps, job.parts) * kPartStep), aligned});
+}
 
 struct ProductsArguments {
     Products products;
     int column_blocks;
-    int part;  // of the depth
 };
 
-template <int kSide, bool kTransposed>
-FNAC_KERNEL(kThreads, kSide == 4 ? 2 : 1)
+template <int kSide>
+FNAC_KERNEL(kThreads, 2)
 products_kernel(const ProductsArguments arguments) {
-    using Left = Operand<kSide, true>;
-    using Right = Operand<kSide, kTransposed>;
-    constexpr int kTile = 16 * kSide, kFours = kSide / 4;
+    constexpr int kTile = 16 * kSide;
     const Products& job = arguments.products;
-    const int z = block_z() % job.count, part = block_z() / job.count;
-    // Not an index: parameters that are indexed end up in local memory.
-    const Product product = z == 0 ? job.each[0] : z == 1 ? job.each[1] : job.each[2];
-    const int64_t row0 = block_x() / arguments.column_blocks * kTile;
-    const int64_t column0 = block_x() % arguments.column_blocks * kTile;
-    // A warp is 4 x 8 threads: what its lanes read of both operands at a time lies in different banks.
-    const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
-    const int y = (warp / 2 * 4 + lane / 8) * 4, x = (warp % 2 * 8 + lane % 8) * 4;
-
-    float* memory = reinterpret_cast<float*>(shared_memory());
-    const int begin = part * arguments.part, depth = static_cast<int>(job.depth);
-    const int end = depth - begin < arguments.part ? depth : begin + arguments.part;
-    Left left(product.left, row0, job.rows, depth, begin);
-    Right right(product.right, column0, job.columns, depth, begin);
-    float sums[kSide][kSide] = {};
-    left.load(end - begin);
-    right.load(end - begin);
-    float* buffer = memory;
-    for (int k0 = begin; k0 < end; k0 += kDepth) {
-        left.store(buffer);
-        right.store(buffer + kFloats<kSide>);
-        block_barrier();
-        if (k0 + kDepth < end) {
-            left.load(end - k0 - kDepth);
-            right.load(end - k0 - kDepth);
-        }
-#pragma unroll
-        for (int k = 0; k < kDepth; ++k) {
-            const float* row = buffer + k * kPitch<kSide>;
-            float a[kSide], b[kSide];
-#pragma unroll
-            for (int i = 0; i < kFours; ++i) {
-                const Float4 l = *reinterpret_cast<const Float4*>(row + i * 64 + y);
-                const Float4 r = *reinterpret_cast<const Float4*>(row + kFloats<kSide> + i * 64 + x);
-                a[4 * i] = l.x, a[4 * i + 1] = l.y, a[4 * i + 2] = l.z, a[4 * i + 3] = l.w;
-                b[4 * i] = r.x, b[4 * i + 1] = r.y, b[4 * i + 2] = r.z, b[4 * i + 3] = r.w;
-            }
-#pragma unroll
-            for (int i = 0; i < kSide; ++i)
-#pragma unroll
-                for (int j = 0; j < kSide; ++j) sums[i][j] = multiply_add(a[i], b[j], sums[i][j]);
-        }
-        // The other buffer was read before the barrier.
-        buffer = buffer == memory ? memory + 2 * kFloats<kSide> : memory;
-    }
-    float* out = product.out + part * job.part_stride;
+    const int row0 = static_cast<int>(block_x()) / arguments.column_blocks * kTile;
+    const int column0 = static_cast<int>(block_x()) % arguments.column_blocks * kTile;
+    const int z = block_z(), depth = static_cast<int>(job.depth);
+    const auto product = [&] { return z == 0 ? job.each[0] : z == 1 ? job.each[1] : job.each[2]; };
+    Rows<kSide> left(product().left, row0, job.rows, depth, 0);
+    Columns<kSide> right(product().right, column0, job.columns);
+    PlainTile<kSide> tile;
+    tile.add(left, right, depth);
+    float* out = product().out;
+    const int y = tile.y(), x = tile.x();
 #pragma unroll
     for (int i = 0; i < kSide; ++i) {
-        const int64_t row = row0 + i / 4 * 64 + y + i % 4;
+        const int row = row0 + i / 4 * 64 + y + i % 4;
         if (row >= job.rows) continue;
 #pragma unroll
-        for (int j = 0; j < kSide; ++j) {
-            const int64_t column = column0 + j / 4 * 64 + x + j % 4;
-            if (column < job.columns) out[row * job.columns + column] = sums[i][j] * job.scale;
+        for (int j = 0; j < kSide; j += 4) {
+            const int64_t column = column0 + j / 4 * 64 + x, rest = job.columns - column;
+            float* to = out + row * job.columns + column;
+            const Float4 four = tile.row(i, j, job.scale);
+            if (kSide == 8) {
+                if (rest > 0) *reinterpret_cast<Float4*>(to) = four;
+                continue;
+            }
+            if (rest > 0) to[0] = four.x;
+            if (rest > 1) to[1] = four.y;
+            if (rest > 2) to[2] = four.z;
+            if (rest > 3) to[3] = four.w;
         }
     }
 }
 
-template <int kSide, bool kTransposed>
+template <int kSide>
 void start(const Products& job, const Launch& where) {
     constexpr int kTile = 16 * kSide;
     const int64_t column_blocks = ceil_div(job.columns, kTile);
-    launch(products_kernel<kSide, kTransposed>, {"products_kernel", job.rows, job.columns, job.depth, 1},
-           {ceil_div(job.rows, kTile) * column_blocks, 1, job.count * job.parts}, kThreads,
-           4 * kFloats<kSide> * sizeof(float), where,
-           ProductsArguments{job, static_cast<int>(column_blocks),
-                             static_cast<int>(ceil_div(ceil_div(job.depth, kDepth), job.parts) * kDepth)});
+    launch(products_kernel<kSide>, {"products_kernel", job.rows, job.columns, job.depth, 1},
+           {ceil_div(job.rows, kTile) * column_blocks, 1, job.count}, kThreads, PlainTile<kSide>::kBytes,
+           where, ProductsArguments{job, static_cast<int>(column_blocks)});
 }
 
 }  // namespace
 
+void multiply(const Grams& job, const Launch& where) {
+    with_dtype(job.last, [&](auto type) {
+        using T = decltype(type);
+        const bool aligned = job.depth % 8 == 0 && is_aligned(job.each[job.count - 1].features);
+        if (job.tile == kLargeTile && (aligned || sizeof(T) == 4)) return start<8, T>(job, aligned, where);
+        return start<4, T>(job, aligned, where);
+    });
+}
+
 void multiply(const Products& job, const Launch& where) {
-    const bool many = smaller(job.rows, job.columns) * larger(job.rows, job.columns) >= kManyRows * kManyRows;
-    if (job.transposed) return many ? start<8, true>(job, where) : start<4, true>(job, where);
-    return many ? start<8, false>(job, where) : start<4, false>(job, where);
+    const int64_t blocks = ceil_div(job.rows, kLargeTile) * ceil_div(job.columns, kLargeTile) * job.count;
+    bool aligned = job.columns % 4 == 0;
+    for (const Product& product : job.each)
+        aligned = aligned && is_aligned(product.right) && is_aligned(product.out);
+    if (blocks >= kManyBlocks && aligned) return start<8>(job, where);
+    start<4>(job, where);
 }
 
 }  // namespace fnac::cuda

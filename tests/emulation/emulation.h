@@ -48,7 +48,7 @@ constexpr int kSlot = 64;
 enum class Operation { kBarrier, kShuffle, kMatch, kLoadMatrices, kMultiply };
 void collective(Operation operation, void* mine, size_t bytes, void (*complete)(char* slots));
 
-void copy_async(void* to, const void* from, bool read);
+void copy_async(void* to, const void* from, bool read, size_t bytes);
 void copy_commit();
 void copy_wait(int pending);
 
@@ -153,7 +153,10 @@ inline Float16 narrow(float x) {
     return {static_cast<uint16_t>(sign | (count + static_cast<uint32_t>(unit + 24) * 0x400))};
 }
 
-FNAC_DEVICE void copy_async(void* to, const void* from, bool read) { emulation::copy_async(to, from, read); }
+template <int kBytes = 16>
+void copy_async(void* to, const void* from, bool read) {
+    emulation::copy_async(to, from, read, kBytes);
+}
 FNAC_DEVICE void copy_commit() { emulation::copy_commit(); }
 template <int kPending>
 void copy_wait() {
