@@ -62,8 +62,7 @@ struct PanelPlan {
 #else
     static constexpr int64_t kBytes = 192 << 20;
 #endif
-    static constexpr int64_t kManyBlocks = 96;  // of large tiles: from here on they fill a machine
-    static constexpr int64_t kBlocks = 264;     // of small or large tiles, aimed at by parts
+    static constexpr int64_t kBlocks = 264;  // of a product, aimed at by parts
     static constexpr int64_t kMostParts = 8;
 
     int64_t rows, tile;
@@ -76,7 +75,7 @@ struct PanelPlan {
         const int64_t most = larger(kBytes / row_bytes / kLargeTile, 1) * kLargeTile;
         const int64_t panels = ceil_div(job.n, most);
         rows = panels == 1 ? job.n : ceil_div(ceil_div(job.n, panels), kLargeTile) * kLargeTile;
-        tile = blocks(job.n, kLargeTile) * matrices >= kManyBlocks ? kLargeTile : kSmallTile;
+        tile = blocks(job.n, kLargeTile) * matrices >= kManyGramTiles ? kLargeTile : kSmallTile;
         if (panels == 1) {
             const int64_t steps = ceil_div(job.c, kPartStep);
             const int64_t wanted = kBlocks / larger(blocks(job.n, tile) * matrices, 1);

@@ -172,9 +172,12 @@ void run(const AdjacencyBackward& job, const Launch& where) {
         const auto add = [&](bool wanted, const float* gradient, const float* features, float* out) {
             if (wanted) products.each[products.count++] = {gradient, features, out + panel.row0 * inputs.c};
         };
-        add(needs.s1 || needs.s2, panel.a, job.sounds, job.daud);
+        const bool of_sounds = needs.s1 || needs.s2;
         add(needs.s2, panel.f, inputs.foreground, job.dforeground);
         add(needs.s3, panel.i, inputs.avg, job.davg);
+        add(of_sounds, panel.a, job.sounds, job.daud);
+        if (of_sounds && inputs.dtype == Dtype::kBFloat16)
+            products.narrow = static_cast<const BFloat16*>(inputs.aud);
         if (products.count > 0) multiply(products, where);
     });
 }

@@ -146,6 +146,25 @@ FNAC_DEVICE void load_matrices(uint32_t (&words)[4], const void* row) {
                  : "memory");
 }
 
+// The same of the matrices' transposes: a lane receives column l / 4 of rows 2 (l % 4) and the next.
+FNAC_DEVICE void load_matrices_turned(uint32_t (&words)[4], const void* row) {
+    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// x as a sum of three bfloat16, the leading one first, each with the next bits of x.
+FNAC_DEVICE void split(float x, uint32_t (&bits)[3]) {
+    bits[0] = __float_as_uint(x) & 0xffff0000u;
+    const float rest = x - __uint_as_float(bits[0]);
+    bits[1] = __float_as_uint(rest) & 0xffff0000u;
+    bits[2] = __float_as_uint(rest - __uint_as_float(bits[1]));
+}
+// The upper halves of two words in one, `low`'s in the lower half.
+FNAC_DEVICE uint32_t upper_halves(uint32_t low, uint32_t high) { return __byte_perm(low, high, 0x7632); }
+
 // Rounds a float32 operand to TensorFloat32; operands of 16 bits are as they are.
 template <class T>
 FNAC_DEVICE uint32_t operand(uint32_t word) {

@@ -4,8 +4,9 @@
 // to shared memory so that a thread reads its rows and columns 16 bytes at a time. Fused multiply-adds: the
 // features are float32, and the softmaxes of trained ones show every bit.
 //
-// Products of 16-bit sounds with each other are exact on the tensor cores. Those cut off what does not fit
-// below a sum, so a sum there is of 32 channels only, and the sums of 32 are added up with rounding.
+// Products of 16-bit sounds with each other are exact on the tensor cores, and so are those of bfloat16 with
+// float32 in three parts of eight bits. Tensor cores cut off what does not fit below a sum, so a sum there is
+// short, and the short ones are added up with rounding.
 #include "cuda/products.cuh"
 #include "cuda/stage.cuh"
 
@@ -13,7 +14,6 @@ namespace fnac::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kManyBlocks = 96;  // of large tiles: from here on they fill a machine
 
 // The depth passes in steps, of which so many are in flight.
 template <int kSide>
@@ -295,6 +295,109 @@ struct TensorTile {
     }
 };
 
+// A block's tile of a product of float32 and bfloat16: warps as in TensorTile, in stages of 16 of the depth.
+// Rows are multiples of 16 bytes.
+struct SplitTile {
+    static constexpr int kTile = 128, kStages = 4, kDepth = 16;
+    static constexpr int kLeftBytes = kTile * kDepth * 4, kRightBytes = kDepth * kTile * 2;
+    static constexpr int64_t kBytes = kStages * (kLeftBytes + kRightBytes);
+    float sums[2][8][4] = {};
+
+    // Where a chunk of 16 bytes lies: as fragments read them, they are in different banks.
+    FNAC_DEVICE static int left_chunk(int row, int chunk) {
+        return row * kDepth * 4 + ((chunk ^ (row & 2)) << 4);
+    }
+    FNAC_DEVICE static int right_chunk(int k, int chunk) {
+        return kLeftBytes + k * kTile * 2 + ((chunk ^ (k & 7)) << 4);
+    }
+    FNAC_DEVICE static int warp_row() { return thread_index() / kWarpSize / 2 * 32; }
+    FNAC_DEVICE static int warp_column() { return thread_index() / kWarpSize % 2 * 64; }
+
+    FNAC_DEVICE void add(const float* left, const BFloat16* right, int rows, int columns, int depth, int row0,
+                         int column0) {
+        const int row = thread_index() / 4, chunk = thread_index() % 4;
+        const int k_row = thread_index() / 16, k_chunk = thread_index() % 16;
+        const int rest = rows - row0 - row;
+        const int first = column0 + k_chunk * 8 < columns ? k_row : depth;
+        // Places of elements: in 32 bits, for want of registers.
+        uint32_t next_left = static_cast<uint32_t>(row0 + row) * depth + chunk * 4;
+        uint32_t next_right = static_cast<uint32_t>(k_row) * columns + column0 + k_chunk * 8;
+        const auto start = [&](int stage) {
+            char* tile = shared_memory() + stage % kStages * (kLeftBytes + kRightBytes);
+            const int left_over = depth - stage * kDepth;
+            if (left_over > 0) {
+#pragma unroll
+                for (int i = 0; i < kTile; i += 64)
+                    copy_async(tile + left_chunk(row, chunk) + i * kDepth * 4,
+                               left + (next_left + static_cast<uint32_t>(i) * depth),
+                               i < rest && chunk * 4 < left_over);
+                copy_async(tile + right_chunk(k_row, k_chunk), right + next_right, first < left_over);
+                next_left += kDepth;
+                next_right += static_cast<uint32_t>(kDepth) * columns;
+            }
+            copy_commit();
+        };
+        for (int stage = 0; stage < kStages - 1; ++stage) start(stage);
+        // Where a lane's parts of the warp's fragments lie. Their other chunks are some bits away.
+        const int lane = thread_index() % kWarpSize;
+        const int from_left = left_chunk(warp_row() + lane / 4, lane % 4 / 2) + lane % 2 * 8;
+        const int from_right = right_chunk(lane % 16, warp_column() / 8 + lane / 16);
+#pragma unroll 1
+        for (int stage = 0; stage * kDepth < depth; ++stage) {
+            copy_wait<kStages - 2>();
+            block_barrier();
+            // The stage that is filled now was read before the barrier.
+            start(stage + kStages - 1);
+            char* tile = shared_memory() + stage % kStages * (kLeftBytes + kRightBytes);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                uint32_t a[3][4];  // by parts, in the layout of multiply()
+#pragma unroll
+                for (int word = 0; word < 4; ++word) {
+                    const Float2 x = *reinterpret_cast<const Float2*>(tile + (from_left ^ word / 2 * 32) +
+                                                                      (i * 16 + word % 2 * 8) * kDepth * 4);
+                    uint32_t low[3], high[3];
+                    split(x.x, low);
+                    split(x.y, high);
+#pragma unroll
+                    for (int part = 0; part < 3; ++part) a[part][word] = upper_halves(low[part], high[part]);
+                }
+#pragma unroll
+                for (int pair = 0; pair < 4; ++pair) {
+                    uint32_t b[4];
+                    load_matrices_turned(b, tile + (from_right ^ pair * 32));
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) {
+                        float few[4] = {};
+#pragma unroll
+                        for (int part = 2; part >= 0; --part)
+                            multiply(BFloat16{}, few, a[part], b[2 * j], b[2 * j + 1]);
+#pragma unroll
+                        for (int k = 0; k < 4; ++k) sums[i][2 * pair + j][k] += few[k];
+                    }
+                }
+            }
+        }
+    }
+
+    FNAC_DEVICE void write(float* out, int rows, int columns, int row0, int column0, float scale) const {
+        const int lane = thread_index() % kWarpSize;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int row = row0 + warp_row() + i * 8 + lane / 4;
+            if (row >= rows) continue;
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                const int column = column0 + warp_column() + j * 8 + lane % 4 * 2;
+                const float* sum = sums[i / 2][j] + i % 2 * 2;
+                if (column < columns)
+                    *reinterpret_cast<Float2*>(out + static_cast<int64_t>(row) * columns + column) = {
+                        sum[0] * scale, sum[1] * scale};
+            }
+        }
+    }
+};
+
 struct GramsArguments {
     Grams grams;
     int column_blocks;
@@ -360,10 +463,11 @@ void start(const Grams& job, bool aligned, const Launch& where) {
 
 struct ProductsArguments {
     Products products;
+    Product last;  // of them
     int column_blocks;
 };
 
-template <int kSide>
+template <int kSide, bool kNarrow>
 FNAC_KERNEL(kThreads, 2)
 products_kernel(const ProductsArguments arguments) {
     constexpr int kTile = 16 * kSide;
@@ -372,6 +476,14 @@ products_kernel(const ProductsArguments arguments) {
     const int column0 = static_cast<int>(block_x()) % arguments.column_blocks * kTile;
     const int z = block_z(), depth = static_cast<int>(job.depth);
     const auto product = [&] { return z == 0 ? job.each[0] : z == 1 ? job.each[1] : job.each[2]; };
+    if constexpr (kNarrow) {
+        if (z == job.count - 1) {
+            const int rows = static_cast<int>(job.rows), columns = static_cast<int>(job.columns);
+            SplitTile tile;
+            tile.add(arguments.last.left, job.narrow, rows, columns, depth, row0, column0);
+            return tile.write(arguments.last.out, rows, columns, row0, column0, job.scale);
+        }
+    }
     Rows<kSide> left(product().left, row0, job.rows, depth, 0);
     Columns<kSide> right(product().right, column0, job.columns);
     PlainTile<kSide> tile;
@@ -399,13 +511,15 @@ products_kernel(const ProductsArguments arguments) {
     }
 }
 
-template <int kSide>
+template <int kSide, bool kNarrow>
 void start(const Products& job, const Launch& where) {
     constexpr int kTile = 16 * kSide;
     const int64_t column_blocks = ceil_div(job.columns, kTile);
-    launch(products_kernel<kSide>, {"products_kernel", job.rows, job.columns, job.depth, 1},
-           {ceil_div(job.rows, kTile) * column_blocks, 1, job.count}, kThreads, PlainTile<kSide>::kBytes,
-           where, ProductsArguments{job, static_cast<int>(column_blocks)});
+    const int64_t bytes =
+        kNarrow ? larger(PlainTile<kSide>::kBytes, SplitTile::kBytes) : PlainTile<kSide>::kBytes;
+    launch(products_kernel<kSide, kNarrow>, {"products_kernel", job.rows, job.columns, job.depth, 1},
+           {ceil_div(job.rows, kTile) * column_blocks, 1, job.count}, kThreads, bytes, where,
+           ProductsArguments{job, job.each[job.count - 1], static_cast<int>(column_blocks)});
 }
 
 }  // namespace
@@ -420,12 +534,17 @@ void multiply(const Grams& job, const Launch& where) {
 }
 
 void multiply(const Products& job, const Launch& where) {
-    const int64_t blocks = ceil_div(job.rows, kLargeTile) * ceil_div(job.columns, kLargeTile) * job.count;
+    const int64_t tiles = ceil_div(job.rows, kLargeTile) * ceil_div(job.columns, kLargeTile) * job.count;
     bool aligned = job.columns % 4 == 0;
     for (const Product& product : job.each)
         aligned = aligned && is_aligned(product.right) && is_aligned(product.out);
-    if (blocks >= kManyBlocks && aligned) return start<8>(job, where);
-    start<4>(job, where);
+    if (tiles < kManyProductTiles || !aligned) return start<4, false>(job, where);
+    bool narrow =
+        job.narrow != nullptr && is_aligned(job.narrow) && job.columns % 8 == 0 && job.depth % 4 == 0;
+    for (const Product& product : job.each) narrow = narrow && is_aligned(product.left);
+    constexpr int64_t kMost = 0xffff0000;  // of SplitTile's places
+    narrow = narrow && larger(job.rows, job.columns) * job.depth <= kMost;
+    return narrow ? start<8, true>(job, where) : start<8, false>(job, where);
 }
 
 }  // namespace fnac::cuda

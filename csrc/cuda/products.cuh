@@ -8,6 +8,11 @@ namespace fnac::cuda {
 
 // A product is of tiles of 64 x 64 or, where those are enough to fill a machine, of 128 x 128.
 constexpr int64_t kSmallTile = 64, kLargeTile = 128;
+#ifdef FNAC_CUDA_EMULATION
+constexpr int64_t kManyGramTiles = 6, kManyProductTiles = 6;  // so that small products test large tiles
+#else
+constexpr int64_t kManyGramTiles = 96, kManyProductTiles = 150;
+#endif
 // Channels are cut into parts at multiples of this.
 constexpr int64_t kPartStep = 32;
 
@@ -28,7 +33,7 @@ struct Grams {
     int64_t tile, parts, part_stride;
 };
 
-// out = left right * scale.
+// out = left right * scale. The last right matrix may be there in bfloat16 too, `narrow`.
 struct Product {
     const float* left;   // (rows, depth)
     const float* right;  // (depth, columns)
@@ -39,6 +44,7 @@ struct Products {
     int count;
     int64_t rows, columns, depth;
     float scale;
+    const BFloat16* narrow = nullptr;
 };
 
 void multiply(const Grams& job, const Launch& where);

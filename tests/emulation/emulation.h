@@ -179,6 +179,33 @@ FNAC_DEVICE void load_matrices(uint32_t (&words)[4], const void* row) {
     std::memcpy(words, mine.words, sizeof words);
 }
 
+FNAC_DEVICE void load_matrices_turned(uint32_t (&words)[4], const void* row) {
+    struct Lane {
+        const void* row;
+        uint32_t words[4];
+    } mine{row, {}};
+    emulation::collective(emulation::Operation::kLoadMatrices, &mine, sizeof mine, [](char* slots) {
+        for (int lane = 0; lane < kWarpSize; ++lane)
+            for (int matrix = 0; matrix < 4; ++matrix)
+                for (int half = 0; half < 2; ++half) {
+                    const void* from = emulation::slot<Lane>(slots, matrix * 8 + lane % 4 * 2 + half).row;
+                    uint16_t element;
+                    std::memcpy(&element, static_cast<const char*>(from) + lane / 4 * 2, 2);
+                    emulation::slot<Lane>(slots, lane).words[matrix] |= static_cast<uint32_t>(element)
+                                                                        << 16 * half;
+                }
+    });
+    std::memcpy(words, mine.words, sizeof words);
+}
+
+FNAC_DEVICE void split(float x, uint32_t (&bits)[3]) {
+    bits[0] = std::bit_cast<uint32_t>(x) & 0xffff0000u;
+    const float rest = x - std::bit_cast<float>(bits[0]);
+    bits[1] = std::bit_cast<uint32_t>(rest) & 0xffff0000u;
+    bits[2] = std::bit_cast<uint32_t>(rest - std::bit_cast<float>(bits[1]));
+}
+FNAC_DEVICE uint32_t upper_halves(uint32_t low, uint32_t high) { return low >> 16 | (high & 0xffff0000u); }
+
 template <class T>
 uint32_t operand(uint32_t word) {
     return word;
