@@ -155,64 +155,71 @@ struct PlainTile {
     }
 };
 
-// Where elements of a symmetric product go: those of the rows from `row0` up to `end`.
+// Where elements of a symmetric product go: those of the rows from `row0` up to `end`. A panel's places fit
+// 32 bits.
 struct Mirror {
     float* out;
-    int64_t row0, end, n;
+    int row0, end, n;
     float scale;
     bool upper, lower;  // which of an element and its mirror image are in the panel
     bool diagonal;      // the tile is its own mirror image: half of it is written, twice
 
-    FNAC_DEVICE void write(int64_t row, int64_t column, float sum) const {
+    FNAC_DEVICE float* at(int row, int column) const {
+        return out + (static_cast<uint32_t>(row - row0) * static_cast<uint32_t>(n) + column);
+    }
+    FNAC_DEVICE void write(int row, int column, float sum) const {
         if (row >= n || column >= n || (diagonal && row > column)) return;
-        if (upper && row < end) out[(row - row0) * n + column] = sum * scale;
-        if (lower && column < end) out[(column - row0) * n + row] = sum * scale;
+        if (upper && row < end) *at(row, column) = sum * scale;
+        if (lower && column < end) *at(column, row) = sum * scale;
     }
 };
 
 template <int kSide>
-FNAC_DEVICE void write(const PlainTile<kSide>& tile, const Mirror& to, int64_t row0, int64_t column0) {
-    const int y = tile.y(), x = tile.x();
+FNAC_DEVICE void write(const PlainTile<kSide>& tile, const Mirror& to, int row0, int column0) {
+    row0 += tile.y(), column0 += tile.x();
     if (to.diagonal || to.n % 4 != 0) {
 #pragma unroll
         for (int i = 0; i < kSide; ++i)
 #pragma unroll
             for (int j = 0; j < kSide; ++j)
-                to.write(row0 + i / 4 * 64 + y + i % 4, column0 + j / 4 * 64 + x + j % 4, tile.sums[i][j]);
+                to.write(row0 + i / 4 * 64 + i % 4, column0 + j / 4 * 64 + j % 4, tile.sums[i][j]);
         return;
     }
 #pragma unroll
     for (int i = 0; i < kSide; ++i)
 #pragma unroll
         for (int j = 0; j < kSide; j += 4) {
-            const int64_t row = row0 + i / 4 * 64 + y + i % 4, column = column0 + j / 4 * 64 + x;
+            const int row = row0 + i / 4 * 64 + i % 4, column = column0 + j / 4 * 64;
             if (to.upper && row < to.end && column < to.n)
-                *reinterpret_cast<Float4*>(to.out + (row - to.row0) * to.n + column) =
-                    tile.row(i, j, to.scale);
+                *reinterpret_cast<Float4*>(to.at(row, column)) = tile.row(i, j, to.scale);
         }
 #pragma unroll
     for (int i = 0; i < kSide; i += 4)
 #pragma unroll
         for (int j = 0; j < kSide; ++j) {
-            const int64_t row = row0 + i / 4 * 64 + y, column = column0 + j / 4 * 64 + x + j % 4;
+            const int row = row0 + i / 4 * 64, column = column0 + j / 4 * 64 + j % 4;
             if (to.lower && column < to.end && row < to.n)
-                *reinterpret_cast<Float4*>(to.out + (column - to.row0) * to.n + row) =
-                    tile.column(i, j, to.scale);
+                *reinterpret_cast<Float4*>(to.at(column, row)) = tile.column(i, j, to.scale);
         }
 }
 
-// A block's tile of products of 16-bit rows with each other: a warp owns a quarter of its rows and half of
-// its columns.
+// A block's products of 16-bit rows with 64 others: a warp owns a quarter of its rows and half of its
+// columns. Twice that many columns at a time would need all of a thread's registers.
+constexpr int kTensorColumns = 64;
+
 template <int kSide, class T>
 struct TensorTile {
-    static constexpr int kTile = 16 * kSide, kStages = 3;
-    static constexpr int kStageBytes = 2 * kTile * kRowBytes;
-    static constexpr int kRowBlocks = kTile / 64, kColumnPairs = kTile / 32;  // of 16 rows, of 16 columns
+    static constexpr int kTile = 16 * kSide, kStages = 4;
+    static constexpr int kStageBytes = (kTile + kTensorColumns) * kRowBytes;
+    static constexpr int kRowBlocks = kTile / 64, kColumnPairs = kTensorColumns / 32;  // of 16
     static constexpr int64_t kBytes = kStages * kStageBytes;
     float sums[kRowBlocks][2 * kColumnPairs][4] = {};
 
+    FNAC_DEVICE static int place(int row, int chunk) {
+        return static_cast<int>(chunk_of(shared_memory(), row, chunk) - shared_memory());
+    }
     FNAC_DEVICE static int warp_row() { return thread_index() / kWarpSize / 2 * (kTile / 4); }
-    FNAC_DEVICE static int warp_column() { return thread_index() / kWarpSize % 2 * (kTile / 2); }
+    FNAC_DEVICE static int warp_column() { return thread_index() / kWarpSize % 2 * (kTensorColumns / 2); }
 
     // `channels` from `begin` on of the rows from row0 and from column0. Of large tiles, rows are multiples
     // of 16 bytes.
@@ -231,7 +238,7 @@ struct TensorTile {
 #pragma unroll
             for (int operand = 0; operand < 2; ++operand) {
 #pragma unroll
-                for (int i = 0; i < kTile; i += kRowsAtOnce)
+                for (int i = 0; i < (operand == 0 ? kTile : kTensorColumns); i += kRowsAtOnce)
                     copy_chunk(to + (operand * kTile + i) * kRowBytes,
                                i < rest[operand] ? next[operand] + static_cast<int64_t>(i) * depth : features,
                                i < rest[operand], 0, left, kSide == 8 || aligned);
@@ -242,7 +249,10 @@ struct TensorTile {
             if (stage < stages) start(stage);
             copy_commit();
         }
+        // Where a lane's parts of the warp's fragments lie; those of the other half some bits away.
         const int lane = thread_index() % kWarpSize;
+        const int from_rows = place(warp_row() + lane % 16, lane / 16);
+        const int from_columns = place(kTile + warp_column() + lane / 16 * 8 + lane % 8, lane / 8 % 2);
 #pragma unroll 1
         for (int stage = 0; stage < stages; ++stage) {
             copy_wait<kStages - 2>();
@@ -250,39 +260,34 @@ struct TensorTile {
             // The stage that is filled now was read before the barrier.
             if (stage + kStages - 1 < stages) start(stage + kStages - 1);
             copy_commit();
-            char* rows = shared_memory() + stage % kStages * kStageBytes;
-            char* columns = rows + kTile * kRowBytes;
-            uint32_t a[2][kRowBlocks][4];
+            const char* tile = shared_memory() + stage % kStages * kStageBytes;
 #pragma unroll
-            for (int half = 0; half < 2; ++half)
-#pragma unroll
-                for (int i = 0; i < kRowBlocks; ++i)
-                    load_matrices(a[half][i],
-                                  chunk_of(rows, warp_row() + i * 16 + lane % 16, 2 * half + lane / 16));
-#pragma unroll
-            for (int pair = 0; pair < kColumnPairs; ++pair) {
-                uint32_t b[2][4];
+            for (int i = 0; i < kRowBlocks; ++i) {
+                uint32_t a[2][4];
 #pragma unroll
                 for (int half = 0; half < 2; ++half)
-                    load_matrices(b[half],
-                                  chunk_of(columns, warp_column() + pair * 16 + lane / 16 * 8 + lane % 8,
-                                           2 * half + lane / 8 % 2));
+                    load_matrices(a[half], tile + (from_rows ^ half * 32) + i * 16 * kRowBytes);
 #pragma unroll
-                for (int i = 0; i < kRowBlocks; ++i)
+                for (int pair = 0; pair < kColumnPairs; ++pair) {
+                    uint32_t b[2][4];
+#pragma unroll
+                    for (int half = 0; half < 2; ++half)
+                        load_matrices(b[half], tile + (from_columns ^ half * 32) + pair * 16 * kRowBytes);
 #pragma unroll
                     for (int j = 0; j < 2; ++j) {
                         float few[4] = {};
 #pragma unroll
                         for (int half = 0; half < 2; ++half)
-                            multiply(T{}, few, a[half][i], b[half][2 * j], b[half][2 * j + 1]);
+                            multiply(T{}, few, a[half], b[half][2 * j], b[half][2 * j + 1]);
 #pragma unroll
                         for (int k = 0; k < 4; ++k) sums[i][2 * pair + j][k] += few[k];
                     }
+                }
             }
         }
     }
 
-    FNAC_DEVICE void write(const Mirror& to, int64_t row0, int64_t column0) const {
+    FNAC_DEVICE void write(const Mirror& to, int row0, int column0) const {
         const int lane = thread_index() % kWarpSize;
 #pragma unroll
         for (int i = 0; i < kRowBlocks; ++i)
@@ -299,24 +304,25 @@ struct TensorTile {
 // Rows are multiples of 16 bytes.
 struct SplitTile {
     static constexpr int kTile = 128, kStages = 4, kDepth = 16;
-    static constexpr int kLeftBytes = kTile * kDepth * 4, kRightBytes = kDepth * kTile * 2;
+    static constexpr int kRightRow = kTensorColumns * 2;
+    static constexpr int kLeftBytes = kTile * kDepth * 4, kRightBytes = kDepth * kRightRow;
     static constexpr int64_t kBytes = kStages * (kLeftBytes + kRightBytes);
-    float sums[2][8][4] = {};
+    float sums[2][4][4] = {};
 
     // Where a chunk of 16 bytes lies: as fragments read them, they are in different banks.
     FNAC_DEVICE static int left_chunk(int row, int chunk) {
         return row * kDepth * 4 + ((chunk ^ (row & 2)) << 4);
     }
     FNAC_DEVICE static int right_chunk(int k, int chunk) {
-        return kLeftBytes + k * kTile * 2 + ((chunk ^ (k & 7)) << 4);
+        return kLeftBytes + k * kRightRow + ((chunk ^ (k & 7)) << 4);
     }
     FNAC_DEVICE static int warp_row() { return thread_index() / kWarpSize / 2 * 32; }
-    FNAC_DEVICE static int warp_column() { return thread_index() / kWarpSize % 2 * 64; }
+    FNAC_DEVICE static int warp_column() { return thread_index() / kWarpSize % 2 * (kTensorColumns / 2); }
 
     FNAC_DEVICE void add(const float* left, const BFloat16* right, int rows, int columns, int depth, int row0,
                          int column0) {
         const int row = thread_index() / 4, chunk = thread_index() % 4;
-        const int k_row = thread_index() / 16, k_chunk = thread_index() % 16;
+        const int k_row = thread_index() / 8, k_chunk = thread_index() % 8;  // of half of the threads
         const int rest = rows - row0 - row;
         const int first = column0 + k_chunk * 8 < columns ? k_row : depth;
         // Places of elements: in 32 bits, for want of registers.
@@ -331,7 +337,8 @@ struct SplitTile {
                     copy_async(tile + left_chunk(row, chunk) + i * kDepth * 4,
                                left + (next_left + static_cast<uint32_t>(i) * depth),
                                i < rest && chunk * 4 < left_over);
-                copy_async(tile + right_chunk(k_row, k_chunk), right + next_right, first < left_over);
+                if (k_row < kDepth)
+                    copy_async(tile + right_chunk(k_row, k_chunk), right + next_right, first < left_over);
                 next_left += kDepth;
                 next_right += static_cast<uint32_t>(kDepth) * columns;
             }
@@ -363,7 +370,7 @@ struct SplitTile {
                     for (int part = 0; part < 3; ++part) a[part][word] = upper_halves(low[part], high[part]);
                 }
 #pragma unroll
-                for (int pair = 0; pair < 4; ++pair) {
+                for (int pair = 0; pair < 2; ++pair) {
                     uint32_t b[4];
                     load_matrices_turned(b, tile + (from_right ^ pair * 32));
 #pragma unroll
@@ -387,7 +394,7 @@ struct SplitTile {
             const int row = row0 + warp_row() + i * 8 + lane / 4;
             if (row >= rows) continue;
 #pragma unroll
-            for (int j = 0; j < 8; ++j) {
+            for (int j = 0; j < 4; ++j) {
                 const int column = column0 + warp_column() + j * 8 + lane % 4 * 2;
                 const float* sum = sums[i / 2][j] + i % 2 * 2;
                 if (column < columns)
@@ -400,7 +407,7 @@ struct SplitTile {
 
 struct GramsArguments {
     Grams grams;
-    int column_blocks;
+    Gram last;     // of them
     int part;      // of the depth
     bool aligned;  // 16-bit rows are multiples of 16 bytes
 };
@@ -412,23 +419,22 @@ grams_kernel(const GramsArguments arguments) {
     constexpr int kTile = 16 * kSide;
     const Grams& job = arguments.grams;
     const int first = static_cast<int>(job.row0 / kTile);
-    const int tile = first + static_cast<int>(block_x()) / arguments.column_blocks;
-    const int other = static_cast<int>(block_x()) % arguments.column_blocks;
+    const int tile = first + block_y(), other = static_cast<int>(block_x());
     if (other >= first && other < tile) return;  // another block writes it with its mirror image
     const int parts = static_cast<int>(job.parts);
-    const int z = block_z() / parts, part = block_z() % parts;
+    const int z = (block_z() >= parts) + (block_z() >= 2 * parts), part = block_z() - z * parts;
     // The earlier rows are always the left operand: a product has one order of its sums in every panel.
     const int row0 = (other < tile ? other : tile) * kTile, column0 = (other < tile ? tile : other) * kTile;
     const int begin = part * arguments.part, depth = static_cast<int>(job.depth);
     const int rest = depth - begin < arguments.part ? depth - begin : arguments.part;
     // Not an index: parameters that are indexed end up in local memory.
     const auto gram = [&] { return z == 0 ? job.each[0] : z == 1 ? job.each[1] : job.each[2]; };
-    const auto mirror = [&]() -> Mirror {
-        const int64_t end = job.row0 + job.rows;
-        return {gram().out + part * job.part_stride,
-                job.row0,
+    const auto mirror = [&](float* out) -> Mirror {
+        const int end = static_cast<int>(job.row0 + job.rows);
+        return {out + part * job.part_stride,
+                static_cast<int>(job.row0),
                 end,
-                job.n,
+                static_cast<int>(job.n),
                 job.scale,
                 row0 >= job.row0,
                 column0 < end,
@@ -436,17 +442,23 @@ grams_kernel(const GramsArguments arguments) {
     };
     if constexpr (sizeof(T) == 2) {
         if (z == job.count - 1) {
-            TensorTile<kSide, T> products;
-            products.add(static_cast<const T*>(gram().features), static_cast<int>(job.n), depth, row0,
-                         column0, begin, rest, arguments.aligned);
-            return products.write(mirror(), row0, column0);
+            const int n = static_cast<int>(job.n);
+#pragma unroll 1
+            for (int column = column0; column < column0 + kTile && column < n; column += kTensorColumns) {
+                if (column != column0) block_barrier();  // the columns before are done with the stages
+                TensorTile<kSide, T> products;
+                products.add(static_cast<const T*>(arguments.last.features), n, depth, row0, column, begin,
+                             rest, arguments.aligned);
+                products.write(mirror(arguments.last.out), row0, column);
+            }
+            return;
         }
     }
     const float* features = static_cast<const float*>(gram().features);
     Rows<kSide> left(features, row0, job.n, depth, begin), right(features, column0, job.n, depth, begin);
     PlainTile<kSide> products;
     products.add(left, right, rest);
-    write(products, mirror(), row0, column0);
+    write(products, mirror(gram().out), row0, column0);
 }
 
 template <int kSide, class T>
@@ -454,17 +466,16 @@ void start(const Grams& job, bool aligned, const Launch& where) {
     constexpr int kTile = 16 * kSide;
     int64_t bytes = PlainTile<kSide>::kBytes;
     if constexpr (sizeof(T) == 2) bytes = larger(bytes, TensorTile<kSide, T>::kBytes);
-    const int64_t column_blocks = ceil_div(job.n, kTile), steps = ceil_div(job.depth, kPartStep);
+    const int64_t steps = ceil_div(job.depth, kPartStep);
     launch(grams_kernel<kSide, T>, {"grams_kernel", job.rows, job.n, job.depth, 1},
-           {ceil_div(job.rows, kTile) * column_blocks, 1, job.count * job.parts}, kThreads, bytes, where,
-           GramsArguments{job, static_cast<int>(column_blocks),
+           {ceil_div(job.n, kTile), ceil_div(job.rows, kTile), job.count * job.parts}, kThreads, bytes, where,
+           GramsArguments{job, job.each[job.count - 1],
                           static_cast<int>(ceil_div(steps, job.parts) * kPartStep), aligned});
 }
 
 struct ProductsArguments {
     Products products;
     Product last;  // of them
-    int column_blocks;
 };
 
 template <int kSide, bool kNarrow>
@@ -472,16 +483,21 @@ FNAC_KERNEL(kThreads, 2)
 products_kernel(const ProductsArguments arguments) {
     constexpr int kTile = 16 * kSide;
     const Products& job = arguments.products;
-    const int row0 = static_cast<int>(block_x()) / arguments.column_blocks * kTile;
-    const int column0 = static_cast<int>(block_x()) % arguments.column_blocks * kTile;
+    const int row0 = block_y() * kTile, column0 = static_cast<int>(block_x()) * kTile;
     const int z = block_z(), depth = static_cast<int>(job.depth);
     const auto product = [&] { return z == 0 ? job.each[0] : z == 1 ? job.each[1] : job.each[2]; };
     if constexpr (kNarrow) {
         if (z == job.count - 1) {
             const int rows = static_cast<int>(job.rows), columns = static_cast<int>(job.columns);
-            SplitTile tile;
-            tile.add(arguments.last.left, job.narrow, rows, columns, depth, row0, column0);
-            return tile.write(arguments.last.out, rows, columns, row0, column0, job.scale);
+#pragma unroll 1
+            for (int column = column0; column < column0 + kTile && column < columns;
+                 column += kTensorColumns) {
+                if (column != column0) block_barrier();
+                SplitTile products;
+                products.add(arguments.last.left, job.narrow, rows, columns, depth, row0, column);
+                products.write(arguments.last.out, rows, columns, row0, column, job.scale);
+            }
+            return;
         }
     }
     Rows<kSide> left(product().left, row0, job.rows, depth, 0);
@@ -514,12 +530,11 @@ products_kernel(const ProductsArguments arguments) {
 template <int kSide, bool kNarrow>
 void start(const Products& job, const Launch& where) {
     constexpr int kTile = 16 * kSide;
-    const int64_t column_blocks = ceil_div(job.columns, kTile);
     const int64_t bytes =
         kNarrow ? larger(PlainTile<kSide>::kBytes, SplitTile::kBytes) : PlainTile<kSide>::kBytes;
     launch(products_kernel<kSide, kNarrow>, {"products_kernel", job.rows, job.columns, job.depth, 1},
-           {ceil_div(job.rows, kTile) * column_blocks, 1, job.count}, kThreads, bytes, where,
-           ProductsArguments{job, job.each[job.count - 1], static_cast<int>(column_blocks)});
+           {ceil_div(job.columns, kTile), ceil_div(job.rows, kTile), job.count}, kThreads, bytes, where,
+           ProductsArguments{job, job.each[job.count - 1]});
 }
 
 }  // namespace
