@@ -150,17 +150,17 @@ FNAC_DEVICE void columns_of_panel(const RowsArguments& job) {
     const int64_t size = job.n;
     const bool there = column < job.panel.rows, masked = job.needs.masked, whole = job.panel.rows == size;
     Running running;
-    for (int64_t m0 = thread / kColumns; m0 < size; m0 += kColumnThreads * kGroup) {
+    for (int m0 = thread / kColumns; m0 < size; m0 += kColumnThreads * kGroup) {
         float x[kGroup];
 #pragma unroll
         for (int k = 0; k < kGroup; ++k) {
-            const int64_t m = m0 + k * kColumnThreads;
+            const int m = m0 + k * kColumnThreads;
             x[k] = there && m < size ? job.logits[m * size + n] : kNegInf;
         }
         if (masked) {
 #pragma unroll
             for (int k = 0; k < kGroup; ++k) {
-                const int64_t m = m0 + k * kColumnThreads;
+                const int m = m0 + k * kColumnThreads;
                 if (!there || m >= size) continue;
                 const float a = job.panel.sum(job.panel.a + (whole ? m * size + n : column * size + m));
                 if (leaves(a, job.scaled_threshold, n, m)) x[k] = kNegInf;
@@ -189,8 +189,8 @@ rows_kernel(const RowsArguments job) {
     if (block_x() < job.column_blocks) return columns_of_panel(job);
     const int thread = thread_index() % kRowThreads, lane = thread % kWarpSize;
     const int warp = thread_index() / kWarpSize, first_warp = thread_index() / kRowThreads * kRowWarps;
-    const int64_t row = (block_x() - job.column_blocks) * kRows + thread_index() / kRowThreads;
-    const int64_t n = job.panel.row0 + row;
+    const int row = static_cast<int>(block_x() - job.column_blocks) * kRows + thread_index() / kRowThreads;
+    const int n = static_cast<int>(job.panel.row0) + row;
     const int size = row < job.panel.rows ? static_cast<int>(job.n) : 0;
     const Needs& needs = job.needs;
     // The parts are added up once, unless blocks of columns read them meanwhile.
@@ -261,7 +261,7 @@ rows_kernel(const RowsArguments job) {
     d1.read(sums + first_warp * kDistanceSums, 0, kDistanceSums);
     d2.read(sums + first_warp * kDistanceSums, 1, kDistanceSums);
     d3.read(sums + first_warp * kDistanceSums, 2, kDistanceSums);
-    float* stats = job.row_stats + n * kRowStats;
+    float* stats = job.row_stats + int64_t{n} * kRowStats;
     lse_a.write(stats + kLseA);
     lse_f.write(stats + kLseF);
     lse_i.write(stats + kLseI);
@@ -271,7 +271,7 @@ rows_kernel(const RowsArguments job) {
     stats[kS2A] = d2.with_x, stats[kS2F] = d2.with_y;
     stats[kS3I] = d3.with_x, stats[kS3L] = d3.with_y;
     const float own = job.logits[n * job.n + n];
-    float* terms = job.row_terms + n * kTerms;
+    float* terms = job.row_terms + int64_t{n} * kTerms;
     terms[0] = needs.nce ? (kept.high - own) + kept.log : 0.f;
     terms[1] = d1.total, terms[2] = d2.total, terms[3] = d3.total;
     if (!needs.nce) terms[4] = 0.f;
