@@ -62,7 +62,8 @@ struct PanelPlan {
 #else
     static constexpr int64_t kBytes = 192 << 20;
 #endif
-    static constexpr int64_t kBlocks = 264;  // of a product, aimed at by parts
+    static constexpr int64_t kBlocks = 160,
+                             kLargeBlocks = 264;  // of small and large tiles, aimed at by parts
     static constexpr int64_t kMostParts = 8;
 
     int64_t rows, tile;
@@ -78,7 +79,8 @@ struct PanelPlan {
         tile = blocks(job.n, kLargeTile) * matrices >= kManyGramTiles ? kLargeTile : kSmallTile;
         if (panels == 1) {
             const int64_t steps = ceil_div(job.c, kPartStep);
-            const int64_t wanted = kBlocks / larger(blocks(job.n, tile) * matrices, 1);
+            const int64_t aim = tile == kLargeTile ? kLargeBlocks : kBlocks;
+            const int64_t wanted = aim / larger(blocks(job.n, tile) * matrices, 1);
             parts = larger(smaller(smaller(wanted, kMostParts), ceil_div(steps, 2)), 1);
             parts = ceil_div(steps, ceil_div(steps, parts));  // none of them empty
         }
