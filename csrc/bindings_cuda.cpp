@@ -17,6 +17,7 @@ namespace {
 
 // (device, stream)
 using Place = std::tuple<int, uintptr_t>;
+using Three = std::array<uintptr_t, 3>;
 using Four = std::array<uintptr_t, 4>;
 
 template <class Job>
@@ -59,14 +60,17 @@ void feature_backward(const Image& img, uintptr_t aud, int64_t m, double tau, in
             place, allocate);
 }
 
-AdjacencyInputs inputs(const Four& tensors, int64_t n, int64_t c, double tau, int precision,
+// tensors: logits, mean and foreground features; aud as an image of one cell.
+AdjacencyInputs inputs(const Three& tensors, const Image& aud, double tau, int precision,
                        const std::array<double, 4>& weights, std::optional<double> threshold) {
+    const FeatureMap sounds = feature_map(aud);
     return {at<const float>(tensors[0]),
+            sounds.data,
+            sounds.dtype,
             at<const float>(tensors[1]),
             at<const float>(tensors[2]),
-            at<const float>(tensors[3]),
-            n,
-            c,
+            sounds.n,
+            sounds.c,
             reciprocal(tau),
             static_cast<Precision>(precision),
             {weights[0], weights[1], weights[2], weights[3]},
@@ -74,21 +78,21 @@ AdjacencyInputs inputs(const Four& tensors, int64_t n, int64_t c, double tau, in
             static_cast<float>(threshold.value_or(0))};
 }
 
-void adjacency(const Four& tensors, int64_t n, int64_t c, double tau, int precision,
+void adjacency(const Three& tensors, const Image& aud, double tau, int precision,
                const std::array<double, 4>& weights, std::optional<double> threshold, uintptr_t row_stats,
                uintptr_t col_lse, uintptr_t loss, uintptr_t terms, const Place& place,
                const py::function& allocate) {
-    enqueue(Adjacency{inputs(tensors, n, c, tau, precision, weights, threshold), at<float>(row_stats),
+    enqueue(Adjacency{inputs(tensors, aud, tau, precision, weights, threshold), at<float>(row_stats),
                       at<float>(col_lse), at<float>(loss), at<float>(terms)},
             place, allocate);
 }
 
-void adjacency_backward(const Four& tensors, int64_t n, int64_t c, double tau, int precision,
+void adjacency_backward(const Three& tensors, const Image& aud, uintptr_t sounds, double tau, int precision,
                         const std::array<double, 4>& weights, std::optional<double> threshold,
                         uintptr_t row_stats, uintptr_t col_lse, uintptr_t grad_loss, uintptr_t grad_terms,
                         const Four& grads, const Place& place, const py::function& allocate) {
-    enqueue(AdjacencyBackward{inputs(tensors, n, c, tau, precision, weights, threshold),
-                              at<const float>(row_stats), at<const float>(col_lse),
+    enqueue(AdjacencyBackward{inputs(tensors, aud, tau, precision, weights, threshold),
+                              at<const float>(sounds), at<const float>(row_stats), at<const float>(col_lse),
                               at<const float>(grad_loss), at<const float>(grad_terms), at<float>(grads[0]),
                               at<float>(grads[1]), at<float>(grads[2]), at<float>(grads[3])},
             place, allocate);

@@ -96,7 +96,10 @@ POOLED = (
     Sample(2, 2200, 8, 2, 3), Sample(2, 2200, 8, 2, 3, dtype=BF16, kind="constant"),
     Sample(2, 150, 64, 12, 12, dtype=FP16),
 )
-PAIRED = (Sample(150, 150, 70, 3, 3), Sample(5, 5, 200, 20, 20, dtype=BF16), Sample(140, 140, 64, 2, 7, layout=last))
+PAIRED = (
+    Sample(150, 150, 70, 3, 3), Sample(5, 5, 200, 20, 20, dtype=BF16), Sample(140, 140, 64, 2, 7, layout=last),
+    Sample(140, 140, 64, 2, 2, dtype=BF16), Sample(130, 130, 136, 1, 1, dtype=FP16),
+)
 for name, samples in {"max_logits": POOLED, "fnac_loss": PAIRED, "fnac_loss_hard_masked": PAIRED}.items():
     for sample in samples:
         got, by_torch = (run(OP[name], sample, backend) for backend in ("cuda", "reference"))

@@ -19,7 +19,6 @@ SHARED_LIMIT = 48 * 1024  # what a kernel may take without asking for more at la
 SPILLS = {
     ("sm_120", "audio_gradient<BFloat16>"): 8,
     ("sm_120", "audio_gradient<Float16>"): 8,
-    ("sm_120", "products<4, true>"): 8,
 }
 CHIPS = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120"}
 HOPPER = "sm_90a"  # has kernels of its own, and no others

@@ -1,7 +1,7 @@
 // What the forward and the backward pass of the adjacency terms share. A = a a'/tau, F and I are made a panel
-// of rows at a time, in workspace of bounded size that stays in L2: all of them at B <= 1024 or so, a share
-// of the rows beyond, so nothing of N x N is alive but the logits and their gradient. Each of the three is
-// computed once in each direction.
+// of rows at a time, in workspace of bounded size: all of them at B <= 4096, of which half the products are
+// enough because they are symmetric, a share of the rows beyond. Each of the three is computed once in each
+// direction.
 #pragma once
 
 #include "cuda/products.cuh"
@@ -55,28 +55,46 @@ struct Panel {
     }
 };
 
-// How the rows are cut into panels, and panels into parts.
+// How the rows are cut into panels, and the channels of a panel's products into parts.
 struct PanelPlan {
-    static constexpr int64_t kBytes = 16 << 20;
-    static constexpr int64_t kTile = 64;     // of a product
-    static constexpr int64_t kBlocks = 192;  // of a product, aimed at by parts
+#ifdef FNAC_CUDA_EMULATION
+    static constexpr int64_t kBytes = 16 << 20;  // so that there are panels to test
+#else
+    static constexpr int64_t kBytes = 192 << 20;
+#endif
+    static constexpr int64_t kBlocks = 160,
+                             kLargeBlocks = 264;  // of small and large tiles, aimed at by parts
     static constexpr int64_t kMostParts = 8;
 
-    int64_t rows;
+    int64_t rows, tile;
     int64_t parts = 1;
     int64_t matrix_floats, floats;
 
     explicit PanelPlan(const AdjacencyInputs& job) {
         const int64_t matrices = Needs(job).matrices();
         const int64_t row_bytes = larger(matrices, 1) * job.n * static_cast<int64_t>(sizeof(float));
-        rows = smaller(job.n, larger(kBytes / row_bytes / kTile, 1) * kTile);
-        const int64_t side = ceil_div(job.n, kTile), blocks = larger(side * side * matrices, 1);
-        if (rows == job.n)
-            parts = larger(smaller(smaller(kBlocks / blocks, kMostParts), ceil_div(job.c, kTile)), 1);
+        const int64_t most = larger(kBytes / row_bytes / kLargeTile, 1) * kLargeTile;
+        const int64_t panels = ceil_div(job.n, most);
+        rows = panels == 1 ? job.n : ceil_div(ceil_div(job.n, panels), kLargeTile) * kLargeTile;
+        tile = blocks(job.n, kLargeTile) * matrices >= kManyGramTiles ? kLargeTile : kSmallTile;
+        if (panels == 1) {
+            const int64_t steps = ceil_div(job.c, kPartStep);
+            const int64_t aim = tile == kLargeTile ? kLargeBlocks : kBlocks;
+            const int64_t wanted = aim / larger(blocks(job.n, tile) * matrices, 1);
+            parts = larger(smaller(smaller(wanted, kMostParts), ceil_div(steps, 2)), 1);
+            parts = ceil_div(steps, ceil_div(steps, parts));  // none of them empty
+        }
         matrix_floats = rows * job.n;
         floats = matrices * parts * matrix_floats;
     }
     int64_t bytes() const { return floats * static_cast<int64_t>(sizeof(float)); }
+
+  private:
+    // Of a panel of all rows.
+    static int64_t blocks(int64_t n, int64_t tile) {
+        const int64_t side = ceil_div(n, tile);
+        return side * (side + 1) / 2;
+    }
 };
 
 // Calls body(panel) for the panels of all rows, filled.
@@ -87,17 +105,19 @@ void for_panels(const AdjacencyInputs& job, float* memory, const Launch& where, 
     const int64_t part_stride = needs.matrices() * plan.matrix_floats;
     for (int64_t row0 = 0; row0 < job.n; row0 += plan.rows) {
         const int64_t rows = smaller(plan.rows, job.n - row0);
-        const int parts = static_cast<int>(plan.parts);
-        Products products{{}, 0, rows, job.n, job.c, true, job.scale, parts, part_stride};
-        const auto add = [&](bool needed, const float* features) -> float* {
+        Grams grams{{},         0,          needs.a ? job.dtype : Dtype::kFloat32,
+                    row0,       rows,       job.n,
+                    job.c,      job.scale,  plan.tile,
+                    plan.parts, part_stride};
+        const auto add = [&](bool needed, const void* features) -> float* {
             if (!needed) return nullptr;
-            float* out = memory + products.count * plan.matrix_floats;
-            products.each[products.count++] = {features + row0 * job.c, features, out};
+            float* out = memory + grams.count * plan.matrix_floats;
+            grams.each[grams.count++] = {features, out};
             return out;
         };
-        float *a = add(needs.a, job.aud), *f = add(needs.f, job.foreground), *i = add(needs.i, job.avg);
-        if (products.count > 0) multiply(products, where);
-        body(Panel{a, f, i, row0, rows, parts, part_stride});
+        float *f = add(needs.f, job.foreground), *i = add(needs.i, job.avg), *a = add(needs.a, job.aud);
+        if (grams.count > 0) multiply(grams, where);
+        body(Panel{a, f, i, row0, rows, static_cast<int>(plan.parts), part_stride});
     }
 }
 

@@ -9,7 +9,10 @@ namespace {
 constexpr int kTile = 32;
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kRows = kTile / kWarps;  // of a thread
 constexpr int kPitch = kTile + 1;
+constexpr int kStatsPitch = kRowStats + 4;  // eight rows' fours are in different banks
+constexpr int kSharedFloats = kTile * kPitch + 2 * kTile * kStatsPitch;
 
 struct GradientArguments {
     const float* logits;
@@ -26,9 +29,17 @@ struct GradientArguments {
     int column_blocks;
 };
 
-// The softmaxes of a pair's rows n and m, and the row's part of its gradients.
+// The statistics of a row, of the panel or transposed.
 struct Side {
-    const float* stats;
+    float stats[kRowStats];
+
+    FNAC_DEVICE explicit Side(const float* from) {
+#pragma unroll
+        for (int i = 0; i < kRowStats; i += 4) {
+            const Float4 four = *reinterpret_cast<const Float4*>(from + i);
+            stats[i] = four.x, stats[i + 1] = four.y, stats[i + 2] = four.z, stats[i + 3] = four.w;
+        }
+    }
     FNAC_DEVICE float softmax(float x, Stat lse) const { return expf(x - stats[lse] - stats[lse + 1]); }
 };
 
@@ -43,57 +54,88 @@ FNAC_DEVICE float term_gradient(const GradientArguments& job, int term) {
 
 FNAC_KERNEL(kThreads, 2)
 gradient_kernel(const GradientArguments job) {
-    const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
+    const int thread = thread_index(), warp = thread / kWarpSize, lane = thread % kWarpSize;
     const int64_t row0 = block_x() / job.column_blocks * kTile, size = job.n;
     const int64_t column0 = block_x() % job.column_blocks * kTile;
-    // The logits of the transposed tile, turned: its rows are columns here.
-    float* transposed = reinterpret_cast<float*>(shared_memory());
-    for (int j = warp; j < kTile; j += kWarps) {
-        const int64_t m = column0 + j, n = job.panel.row0 + row0 + lane;
-        transposed[j * kPitch + lane] = m < size && n < size ? job.logits[m * size + n] : 0.f;
-    }
-    block_barrier();
-    const int64_t m = column0 + lane;
-    if (m >= size) return;
+    const Panel& panel = job.panel;
     const Needs& needs = job.needs;
+    // The logits of the transposed tile, turned: its rows are columns here. Then the statistics of the rows
+    // and of the columns.
+    float* transposed = reinterpret_cast<float*>(shared_memory());
+    float* stats = transposed + kTile * kPitch;
+#pragma unroll
+    for (int j = 0; j < kTile; j += kWarps) {
+        const int64_t m = column0 + warp + j, n = panel.row0 + row0 + lane;
+        transposed[(warp + j) * kPitch + lane] = m < size && n < size ? job.logits[m * size + n] : 0.f;
+    }
+    {
+        const int side = thread / 4, four = thread % 4 * 4;
+        const int64_t n = side < kTile ? panel.row0 + row0 + side : column0 + side - kTile;
+        *reinterpret_cast<Float4*>(stats + side * kStatsPitch + four) =
+            n < size ? *reinterpret_cast<const Float4*>(job.row_stats + n * kRowStats + four) : Float4{};
+    }
+    const int64_t m = column0 + lane;
+    const int64_t rows = panel.rows - row0 < kTile ? panel.rows - row0 : kTile;
+    const int rest = m < size ? static_cast<int>(rows) - warp : 0;
+    const int64_t first = (row0 + warp) * size + m;  // of the thread's elements, kWarps rows apart
+    float l[kRows], a[kRows], f[kRows], i[kRows];
+#pragma unroll
+    for (int k = 0; k < kRows; ++k) {
+        l[k] = k * kWarps < rest ? job.logits[panel.row0 * size + first + k * kWarps * size] : 0.f;
+        a[k] = f[k] = i[k] = 0.f;
+    }
+    for (int part = 0; part < panel.parts; ++part) {
+        const int64_t at = first + part * panel.part_stride;
+#pragma unroll
+        for (int k = 0; k < kRows; ++k) {
+            if (k * kWarps >= rest) continue;
+            if (needs.a) a[k] += panel.a[at + k * kWarps * size];
+            if (needs.f) f[k] += panel.f[at + k * kWarps * size];
+            if (needs.i) i[k] += panel.i[at + k * kWarps * size];
+        }
+    }
+    const float col_lse = needs.nce && m < size ? job.col_lse[m] : 0.f;
     const float g0 = term_gradient(job, 0) / static_cast<float>(size);
     const float g1 = term_gradient(job, 1), g2 = term_gradient(job, 2), g3 = term_gradient(job, 3);
     const float share = 1.f / static_cast<float>(size) / static_cast<float>(size);
-    const Side column{job.row_stats + m * kRowStats};
+    block_barrier();
+    if (rest <= 0) return;
+    const Side column(stats + (kTile + lane) * kStatsPitch);
 
-    for (int r = warp; r < kTile; r += kWarps) {
-        if (row0 + r >= job.panel.rows) break;
-        const int64_t n = job.panel.row0 + row0 + r, at = (row0 + r) * size + m;
-        const Side row{job.row_stats + n * kRowStats};
-        const float logit = job.logits[n * size + m], logit_t = transposed[lane * kPitch + r];
-        const float a = needs.a ? job.panel.sum(job.panel.a + at) : 0.f;
+#pragma unroll
+    for (int k = 0; k < kRows; ++k) {
+        if (k * kWarps >= rest) break;
+        const int r = warp + k * kWarps;
+        const int64_t n = panel.row0 + row0 + r, at = first + k * kWarps * size;
+        const Side row(stats + r * kStatsPitch);
+        const float logit_t = transposed[lane * kPitch + r];
         float pa = 0.f, pat = 0.f, pl = 0.f, plt = 0.f, da = 0.f, dl = 0.f;
-        if (needs.s1 || needs.s2) pa = row.softmax(a, kLseA), pat = column.softmax(a, kLseA);
-        if (needs.s1 || needs.s3) pl = row.softmax(logit, kLseL), plt = column.softmax(logit_t, kLseL);
+        if (needs.s1 || needs.s2) pa = row.softmax(a[k], kLseA), pat = column.softmax(a[k], kLseA);
+        if (needs.s1 || needs.s3) pl = row.softmax(l[k], kLseL), plt = column.softmax(logit_t, kLseL);
         if (needs.s1) {
             const float s = sign(pa - pl), st = sign(pat - plt);
             da = g1 * (pa * (s - row.stats[kS1A]) + pat * (st - column.stats[kS1A]));
             dl = g1 * (row.stats[kS1L] - s);
         }
         if (needs.s2) {
-            const float f = job.panel.sum(job.panel.f + at), pf = row.softmax(f, kLseF),
-                        pft = column.softmax(f, kLseF);
+            const float pf = row.softmax(f[k], kLseF), pft = column.softmax(f[k], kLseF);
             const float s = sign(pa - pf), st = sign(pat - pft);
             da += g2 * (pa * (s - row.stats[kS2A]) + pat * (st - column.stats[kS2A]));
-            job.panel.f[at] = -g2 * share * (pf * (s - row.stats[kS2F]) + pft * (st - column.stats[kS2F]));
+            panel.f[at] = -g2 * share * (pf * (s - row.stats[kS2F]) + pft * (st - column.stats[kS2F]));
         }
         if (needs.s3) {
-            const float i = job.panel.sum(job.panel.i + at), pi = row.softmax(i, kLseI),
-                        pit = column.softmax(i, kLseI);
+            const float pi = row.softmax(i[k], kLseI), pit = column.softmax(i[k], kLseI);
             const float s = sign(pi - pl), st = sign(pit - plt);
             dl += g3 * (row.stats[kS3L] - s);
-            job.panel.i[at] = g3 * share * (pi * (s - row.stats[kS3I]) + pit * (st - column.stats[kS3I]));
+            panel.i[at] = g3 * share * (pi * (s - row.stats[kS3I]) + pit * (st - column.stats[kS3I]));
         }
-        if (needs.s1 || needs.s2) job.panel.a[at] = da * share;
+        if (needs.s1 || needs.s2) panel.a[at] = da * share;
         dl *= pl * share;
         if (needs.nce) {
-            float both = row.softmax(logit, kLseKept) + expf(logit - job.col_lse[m]);
-            if (needs.masked && leaves(a, job.scaled_threshold, n, m)) both = 0.f;
+            // Where no pair leaves, the row's softmax is there already.
+            const bool there = !needs.masked && (needs.s1 || needs.s3);
+            float both = (there ? pl : row.softmax(l[k], kLseKept)) + expf(l[k] - col_lse);
+            if (needs.masked && leaves(a[k], job.scaled_threshold, n, m)) both = 0.f;
             dl += g0 * (n == m ? both - 2.f : both);
         }
         job.dlogits[n * size + m] = dl;
@@ -124,15 +166,18 @@ void run(const AdjacencyBackward& job, const Launch& where) {
                                           job.dlogits,
                                           static_cast<int>(column_blocks)};
         launch(gradient_kernel, {"gradient_kernel", panel.rows, n, inputs.c, 1},
-               {ceil_div(panel.rows, kTile) * column_blocks}, kThreads, kTile * kPitch * sizeof(float), where,
+               {ceil_div(panel.rows, kTile) * column_blocks}, kThreads, kSharedFloats * sizeof(float), where,
                arguments);
-        Products products{{}, 0, panel.rows, inputs.c, n, false, inputs.scale};
+        Products products{{}, 0, panel.rows, inputs.c, n, inputs.scale};
         const auto add = [&](bool wanted, const float* gradient, const float* features, float* out) {
             if (wanted) products.each[products.count++] = {gradient, features, out + panel.row0 * inputs.c};
         };
-        add(needs.s1 || needs.s2, panel.a, inputs.aud, job.daud);
+        const bool of_sounds = needs.s1 || needs.s2;
         add(needs.s2, panel.f, inputs.foreground, job.dforeground);
         add(needs.s3, panel.i, inputs.avg, job.davg);
+        add(of_sounds, panel.a, job.sounds, job.daud);
+        if (of_sounds && inputs.dtype == Dtype::kBFloat16)
+            products.narrow = static_cast<const BFloat16*>(inputs.aud);
         if (products.count > 0) multiply(products, where);
     });
 }

@@ -66,11 +66,12 @@ struct FeatureBackward {
 
 constexpr int64_t kRowStats = 16;
 
-// The contrastive and adjacency terms of n rows and n columns; features are (n, c) float32, null where no
-// term needs them.
+// The contrastive and adjacency terms of n rows and n columns; features are (n, c), the means float32, null
+// where no term needs them.
 struct AdjacencyInputs {
     const float* logits;  // (n, n)
-    const float* aud;
+    const void* aud;
+    Dtype dtype;  // of aud
     const float* avg;
     const float* foreground;
     int64_t n, c;
@@ -91,6 +92,7 @@ struct Adjacency {
 
 struct AdjacencyBackward {
     AdjacencyInputs inputs;
+    const float* sounds;  // aud in float32
     const float* row_stats;
     const float* col_lse;
     const float* grad_loss;   // (), may be null

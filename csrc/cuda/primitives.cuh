@@ -97,12 +97,21 @@ FNAC_DEVICE BFloat16 narrow(float x) {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 
-// Copies 16 bytes to shared memory without waiting, or writes zeros where the source is not to be read.
-// Both addresses are multiples of 16.
+// Copies 16 or 4 bytes to shared memory without waiting, or writes zeros where the source is not to be read.
+// Both addresses are multiples of as many.
+template <int kBytes = 16>
 FNAC_DEVICE void copy_async(void* to, const void* from, bool read) {
+    static_assert(kBytes == 16 || kBytes == 4);
     const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(read ? 16 : 0)
-                 : "memory");
+    if constexpr (kBytes == 16) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
+                     "r"(read ? 16 : 0)
+                     : "memory");
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(from),
+                     "r"(read ? 4 : 0)
+                     : "memory");
+    }
 }
 // Closes a group of copies; waits until all but the last `kPending` groups of this thread have arrived.
 FNAC_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -113,8 +122,13 @@ FNAC_DEVICE void copy_wait() {
 
 #else
 
+template <int kBytes = 16>
 FNAC_DEVICE void copy_async(void* to, const void* from, bool read) {
-    *static_cast<Bits128*>(to) = read ? *static_cast<const Bits128*>(from) : Bits128{};
+    if constexpr (kBytes == 16) {
+        *static_cast<Bits128*>(to) = read ? *static_cast<const Bits128*>(from) : Bits128{};
+    } else {
+        *static_cast<uint32_t*>(to) = read ? *static_cast<const uint32_t*>(from) : 0;
+    }
 }
 FNAC_DEVICE void copy_commit() {}
 template <int kPending>
@@ -131,6 +145,25 @@ FNAC_DEVICE void load_matrices(uint32_t (&words)[4], const void* row) {
                  : "r"(address)
                  : "memory");
 }
+
+// The same of the matrices' transposes: a lane receives column l / 4 of rows 2 (l % 4) and the next.
+FNAC_DEVICE void load_matrices_turned(uint32_t (&words)[4], const void* row) {
+    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// x as a sum of three bfloat16, the leading one first, each with the next bits of x.
+FNAC_DEVICE void split(float x, uint32_t (&bits)[3]) {
+    bits[0] = __float_as_uint(x) & 0xffff0000u;
+    const float rest = x - __uint_as_float(bits[0]);
+    bits[1] = __float_as_uint(rest) & 0xffff0000u;
+    bits[2] = __float_as_uint(rest - __uint_as_float(bits[1]));
+}
+// The upper halves of two words in one, `low`'s in the lower half.
+FNAC_DEVICE uint32_t upper_halves(uint32_t low, uint32_t high) { return __byte_perm(low, high, 0x7632); }
 
 // Rounds a float32 operand to TensorFloat32; operands of 16 bits are as they are.
 template <class T>

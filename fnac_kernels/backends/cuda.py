@@ -110,14 +110,12 @@ def adjacency(
     weights: tuple[float, ...],
     adjacency_threshold: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n, c = aud.shape
-    inputs = (logits, aud.float(), img_avg, foreground)
+    n = aud.shape[0]
     row_stats, col_lse = _floats(logits, n, _ROW_STATS), _floats(logits, n)
     loss, terms = _floats(logits), _floats(logits, 4)
     _native.cuda().adjacency(
-        [x.data_ptr() for x in inputs],
-        n,
-        c,
+        [x.data_ptr() for x in (logits, img_avg, foreground)],
+        _native.image(aud[:, :, None, None]),
         tau,
         _precision(),
         weights,
@@ -144,15 +142,15 @@ def adjacency_backward(
     weights: tuple[float, ...],
     adjacency_threshold: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n, c = aud.shape
-    inputs = (logits, aud.float(), img_avg, foreground)
+    sounds = aud.float()
     # A gradient that no wanted term reaches is not written by the kernels.
     written = (True, weights[1] or weights[2], weights[3], weights[2])
-    grads = tuple(torch.empty_like(x) if w else torch.zeros_like(x) for x, w in zip(inputs, written, strict=True))
+    like = (logits, sounds, img_avg, foreground)
+    grads = tuple(torch.empty_like(x) if w else torch.zeros_like(x) for x, w in zip(like, written, strict=True))
     _native.cuda().adjacency_backward(
-        [x.data_ptr() for x in inputs],
-        n,
-        c,
+        [x.data_ptr() for x in (logits, img_avg, foreground)],
+        _native.image(aud[:, :, None, None]),
+        sounds.data_ptr(),
         tau,
         _precision(),
         weights,

@@ -30,6 +30,7 @@ struct Copy {
     void* to;
     const void* from;
     bool read;
+    size_t bytes;
 };
 
 struct Thread {
@@ -240,11 +241,12 @@ void collective(Operation operation, void* mine, size_t bytes, void (*complete)(
     std::memcpy(mine, own, bytes);
 }
 
-void copy_async(void* to, const void* from, bool read) {
-    if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || (read && reinterpret_cast<uintptr_t>(from) % 16 != 0))
-        fail("an asynchronous copy is not aligned to 16 bytes");
-    std::memset(to, 0xff, 16);
-    current->groups.back().push_back({to, from, read});
+void copy_async(void* to, const void* from, bool read, size_t bytes) {
+    if (reinterpret_cast<uintptr_t>(to) % bytes != 0 ||
+        (read && reinterpret_cast<uintptr_t>(from) % bytes != 0))
+        fail("an asynchronous copy is not aligned to its size");
+    std::memset(to, 0xff, bytes);
+    current->groups.back().push_back({to, from, read, bytes});
 }
 
 void copy_commit() { current->groups.emplace_back(); }
@@ -253,9 +255,9 @@ void copy_wait(int pending) {
     while (static_cast<int>(current->groups.size()) - 1 > pending) {
         for (const Copy& copy : current->groups.front()) {
             if (copy.read)
-                std::memcpy(copy.to, copy.from, 16);
+                std::memcpy(copy.to, copy.from, copy.bytes);
             else
-                std::memset(copy.to, 0, 16);
+                std::memset(copy.to, 0, copy.bytes);
         }
         current->groups.pop_front();
     }

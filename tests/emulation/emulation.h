@@ -48,7 +48,7 @@ constexpr int kSlot = 64;
 enum class Operation { kBarrier, kShuffle, kMatch, kLoadMatrices, kMultiply };
 void collective(Operation operation, void* mine, size_t bytes, void (*complete)(char* slots));
 
-void copy_async(void* to, const void* from, bool read);
+void copy_async(void* to, const void* from, bool read, size_t bytes);
 void copy_commit();
 void copy_wait(int pending);
 
@@ -153,7 +153,10 @@ inline Float16 narrow(float x) {
     return {static_cast<uint16_t>(sign | (count + static_cast<uint32_t>(unit + 24) * 0x400))};
 }
 
-FNAC_DEVICE void copy_async(void* to, const void* from, bool read) { emulation::copy_async(to, from, read); }
+template <int kBytes = 16>
+void copy_async(void* to, const void* from, bool read) {
+    emulation::copy_async(to, from, read, kBytes);
+}
 FNAC_DEVICE void copy_commit() { emulation::copy_commit(); }
 template <int kPending>
 void copy_wait() {
@@ -175,6 +178,33 @@ FNAC_DEVICE void load_matrices(uint32_t (&words)[4], const void* row) {
     });
     std::memcpy(words, mine.words, sizeof words);
 }
+
+FNAC_DEVICE void load_matrices_turned(uint32_t (&words)[4], const void* row) {
+    struct Lane {
+        const void* row;
+        uint32_t words[4];
+    } mine{row, {}};
+    emulation::collective(emulation::Operation::kLoadMatrices, &mine, sizeof mine, [](char* slots) {
+        for (int lane = 0; lane < kWarpSize; ++lane)
+            for (int matrix = 0; matrix < 4; ++matrix)
+                for (int half = 0; half < 2; ++half) {
+                    const void* from = emulation::slot<Lane>(slots, matrix * 8 + lane % 4 * 2 + half).row;
+                    uint16_t element;
+                    std::memcpy(&element, static_cast<const char*>(from) + lane / 4 * 2, 2);
+                    emulation::slot<Lane>(slots, lane).words[matrix] |= static_cast<uint32_t>(element)
+                                                                        << 16 * half;
+                }
+    });
+    std::memcpy(words, mine.words, sizeof words);
+}
+
+FNAC_DEVICE void split(float x, uint32_t (&bits)[3]) {
+    bits[0] = std::bit_cast<uint32_t>(x) & 0xffff0000u;
+    const float rest = x - std::bit_cast<float>(bits[0]);
+    bits[1] = std::bit_cast<uint32_t>(rest) & 0xffff0000u;
+    bits[2] = std::bit_cast<uint32_t>(rest - std::bit_cast<float>(bits[1]));
+}
+FNAC_DEVICE uint32_t upper_halves(uint32_t low, uint32_t high) { return low >> 16 | (high & 0xffff0000u); }
 
 template <class T>
 uint32_t operand(uint32_t word) {
