@@ -25,7 +25,7 @@ OURS = ("#009e73", "#d55e00", "#0072b2")
 
 def names(rows: Sequence[Row]) -> list[str]:
     """The pictures that a machine's rows give, without theme and suffix."""
-    return ["growth"] if _curves(rows, "batch", "p50") else []
+    return ["growth"] if any(len(points) > 1 for points in _curves(rows, "batch", "p50").values()) else []
 
 
 def draw(runs: Sequence[Run], folder: Path) -> None:
@@ -37,14 +37,27 @@ def draw(runs: Sequence[Run], folder: Path) -> None:
             _figure(rows, limit, ink, folder / f"{name}-{theme}.png")
 
 
+def _case(row: Row) -> Case:
+    """One that is in no series where the row's name is more than a case's."""
+    return CASES.get(row.case, CASES["tiny"])
+
+
+def _dtype(rows: Sequence[Row]) -> str:
+    """That of most cases; of equally many float32."""
+    cases = {(row.dtype, row.case) for row in rows if row.op == "fnac_loss" and _case(row).series}
+    dtypes = [dtype for dtype, _ in cases]
+    return max(sorted(set(dtypes), key=lambda dtype: dtype != "float32"), key=dtypes.count, default="float32")
+
+
 def _curves(rows: Sequence[Row], series: str, field: str) -> dict[str, list[tuple[float, float | None]]]:
-    """Per contender its points of the float32 loss; None where it ran out of memory."""
+    """Per contender its points of the loss in the dtype that is drawn; None where it ran out of memory."""
     place = SERIES[series][1]
+    dtype = _dtype(rows)
     curves: dict[str, list[tuple[float, float | None]]] = {}
     for row in rows:
-        case: Case = CASES.get(row.case, CASES["tiny"])
-        if row.op != "fnac_loss" or row.dtype != "float32" or series not in case.series:
+        if row.op != "fnac_loss" or row.dtype != dtype or series not in _case(row).series:
             continue
+        case = _case(row)
         value = getattr(row, field)
         if value is not None or row.status == "out of memory":
             curves.setdefault(row.contender, []).append((place(case), value))
@@ -68,22 +81,30 @@ def _figure(rows: Sequence[Row], limit: float | None, ink: str, path: Path) -> N
         "axes.spines.right": False,
     }
     with plt.rc_context(style):
-        figure, axes = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained", sharex="col", sharey="row")
-        for column, (series, (label, place)) in zip(axes.T, SERIES.items(), strict=True):
-            _panel(column[0], _curves(rows, series, "p50"), 1.0)
-            _panel(column[1], _curves(rows, series, "peak_bytes"), 1e-6)
-            places = sorted(
-                {place(CASES[row.case]) for row in rows if series in CASES.get(row.case, CASES["tiny"]).series}
-            )
-            column[1].set_xticks(places, [f"{x:,}" for x in places])
-            column[1].minorticks_off()
-            column[1].set_xlabel(label)
-            if limit is not None:
-                column[1].axhline(limit * 1024**3 / 1e6, color=ink, linewidth=0.8, linestyle=":")
-        axes[0, 0].set_ylabel("forward + backward, ms")
-        axes[1, 0].set_ylabel("peak memory beyond inputs, MB")
+        times = {series: _curves(rows, series, "p50") for series in SERIES}
+        grown = [series for series, curves in times.items() if any(len(points) > 1 for points in curves.values())]
+        peaks = {series: _curves(rows, series, "peak_bytes") for series in grown}
+        lines = 2 if any(y for curves in peaks.values() for points in curves.values() for _, y in points) else 1
+        size = (4.5 * len(grown) if len(grown) > 1 else 6, 0.5 + 3 * lines)
+        figure, axes = plt.subplots(
+            lines, len(grown), figsize=size, layout="constrained", sharex="col", sharey="row", squeeze=False
+        )
+        for column, series in zip(axes.T, grown, strict=True):
+            _panel(column[0], times[series], 1.0)
+            if lines == 2:
+                _panel(column[1], peaks[series], 1e-6)
+                if limit is not None:
+                    column[1].axhline(limit * 1024**3 / 1e6, color=ink, linewidth=0.8, linestyle=":")
+            places = sorted({x for points in times[series].values() for x, _ in points})
+            column[-1].set_xticks(places, [f"{x:,}" for x in places])
+            column[-1].minorticks_off()
+            column[-1].set_xlabel(SERIES[series][0])
+        axes[0, 0].set_ylabel(f"forward + backward, {_dtype(rows)}, ms")
+        if lines == 2:
+            axes[1, 0].set_ylabel("peak memory beyond inputs, MB")
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+        columns = min(len(labels), 2 * len(grown))
+        figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
         temporary = path.with_name(path.name + ".tmp")
         figure.savefig(temporary, format="png", dpi=110, transparent=True, metadata={"Software": None})
         plt.close(figure)

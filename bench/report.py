@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -56,12 +57,18 @@ def _megabytes(size: int | None) -> str:
 
 
 def section(machines: Mapping[str, Sequence[Run]]) -> str:
-    """Everything between the markers, the machine measured last first; the others are folded."""
-    newest = sorted(machines, key=lambda name: max(run.machine["date"] for run in machines[name]), reverse=True)
-    parts = [_machine(name, machines[name]) for name in newest]
-    for at, name in list(enumerate(newest))[1:]:
-        title = _title(machines[name][0].machine)
-        parts[at] = f"<details><summary>Measured before: {title}</summary>\n\n{parts[at]}\n\n</details>"
+    """Everything between the markers: GPUs, then CPUs, of each kind the machine measured last; the others are folded."""
+    kinds = {name: runs[0].machine["kind"] for name, runs in machines.items()}
+    dates = {name: max(run.machine["date"] for run in runs) for name, runs in machines.items()}
+    parts: list[str] = []
+    shown: set[str] = set()
+    for name in sorted(machines, key=lambda name: (kinds[name] == "cuda", dates[name]), reverse=True):
+        part = _machine(name, machines[name])
+        if kinds[name] in shown:
+            title = _title(machines[name][0].machine)
+            part = f"<details><summary>Measured before: {title}</summary>\n\n{part}\n\n</details>"
+        shown.add(kinds[name])
+        parts.append(part)
     return "\n\n".join(parts)
 
 
@@ -90,7 +97,7 @@ def _facts(runs: Sequence[Run]) -> str:
     machine = runs[0].machine
     peaks = next((run.peaks for run in runs if run.peaks), {})
     names = {
-        "fma": "float32 multiply-adds {:,.0f} GFLOP/s",
+        "fma": "float32 multiply-adds {:,.0f}",
         "gemm_float32": "float32 GEMM {:,.0f}",
         "gemm_bfloat16": "bfloat16 GEMM {:,.0f}",
         "amx_bfloat16": "bfloat16 tiles (AMX) {:,.0f}",
@@ -101,7 +108,7 @@ def _facts(runs: Sequence[Run]) -> str:
     memory = next((run.settings["memory_limit"] for run in runs if "memory_limit" in run.settings), None)
     return (
         f"### {_title(machine)}\n\n"
-        f"torch {machine['versions']['torch']}, {machine['date']}, commit {commits}. Measured limits: {limits}. "
+        f"torch {machine['versions']['torch']}, {machine['date']}, commit {commits}. Measured limits, in GFLOP/s: {limits}. "
         f"Milliseconds are medians of interleaved runs; in brackets how many times faster than {BASELINE}. "
         f"*Of limit*: the share of the machine's limit that our kernel reaches. *Peak*: memory beyond the inputs, "
         f"results included; a call that needs more than {memory:g} GiB is out of memory."
@@ -115,17 +122,18 @@ def _markdown(op: str, dtype: str, rows: Sequence[Row]) -> str:
     ours = [name for name in names if name in CONTENDERS and CONTENDERS[name].ours]
     what = OPS[op].what if op in OPS else OTHERS[op]
     limits = any(row.fraction is not None for row in tried)
+    peaks = any(row.peak_bytes is not None for row in tried)
     head = ["case", *(f"**{name}**" if name in ours else name for name in names)]
-    head += ["of limit", f"peak MB, {BASELINE}", "ours"] if limits else []
+    head += ["of limit"] * limits + [f"peak MB, {BASELINE}", "ours"] * peaks
     lines = [f"`{op}` in {dtype}: {what}.", "", _cells(head), _cells(["---"] + ["---:"] * (len(head) - 1))]
     for case in dict.fromkeys(row.case for row in sorted(tried, key=_size)):
         of = {row.contender: row for row in tried if row.case == case}
-        mine = of.get(ours[0]) if ours else None
+        mine = min((of[name] for name in ours if name in of), key=lambda row: row.p50 or math.inf, default=None)
         cells = [_case(case), *(_figure(of.get(name), name in ours) for name in names)]
         if limits:
-            share = f"{mine.fraction:.0%}" if mine and mine.fraction is not None else ""
-            base = of.get(BASELINE)
-            cells += [share, *("" if row is None else _megabytes(row.peak_bytes) for row in (base, mine))]
+            cells.append(f"{mine.fraction:.0%}" if mine and mine.fraction is not None else "")
+        if peaks:
+            cells += ["" if row is None else _megabytes(row.peak_bytes) for row in (of.get(BASELINE), mine)]
         lines.append(_cells(cells))
     return "\n".join(lines)
 

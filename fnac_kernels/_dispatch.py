@@ -118,8 +118,21 @@ BACKENDS: dict[str, Backend] = {
     )
 }
 NAMES = (REFERENCE, *BACKENDS)
-#: What is tried for a device, in this order.
-PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+DEVICES = ("cpu", "cuda")
+
+
+@functools.cache
+def preference(device: str) -> tuple[str, ...]:
+    """What is tried for a kind of device, in this order. On Hopper ``cuda`` is faster, by ``bench/results/h100``; other
+    chips have not been measured, and there its kernels lack what Triton uses for large batches.
+    """
+    if device == "cpu":
+        return ("cpu",)
+    if device != "cuda":
+        return ()
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    return ("cuda", "triton") if hopper else ("triton", "cuda")
+
 
 _override: str | None = None
 
@@ -204,7 +217,7 @@ def select(name: str | None, device: str, dtype: torch.dtype) -> str:
 
 def automatic(device: str) -> str | None:
     """The first usable backend for a kind of device, or None: then it is the reference."""
-    for name in PREFERENCE.get(device, ()):
+    for name in preference(device):
         backend = BACKENDS[name]
         if backend.problem is None and backend.takes == device:
             return name
@@ -220,7 +233,7 @@ def _for_device(device: str) -> str:
 
 @functools.cache
 def _warn_reference(device: str) -> None:
-    candidates = (BACKENDS[name] for name in PREFERENCE.get(device, ()))
+    candidates = (BACKENDS[name] for name in preference(device))
     reasons = "; ".join(f"{b.name}: {b.problem or f'takes tensors on {b.takes} here'}" for b in candidates)
     warnings.warn(
         f"fnac_kernels runs plain PyTorch on {device} tensors: no compiled backend is usable there "

@@ -27,7 +27,7 @@ def info() -> dict[str, Any]:
         },
         "cuda": _native.cuda_features(),
         "backends": _dispatch.explain(),
-        "automatic": {device: _dispatch.automatic(device) or _dispatch.REFERENCE for device in _dispatch.PREFERENCE},
+        "automatic": {device: _dispatch.automatic(device) or _dispatch.REFERENCE for device in _dispatch.DEVICES},
     }
 
 

@@ -207,14 +207,27 @@ int64_t shares_bytes(const FeatureBackward& job, int device) {
     return ceil_div(count * job.m * job.img.c * static_cast<int64_t>(sizeof(float)), 256) * 256;
 }
 
+void sum_maps(const FeatureBackward& job, float* sums, const Launch& where) {
+    sum_cells({job.img, job.grad_maps, false, 0.f, 1.f, nullptr, nullptr, sums}, where);
+}
+
+// What comes through the logits, and through the maps as one more share.
+void add_shares_on_hopper(const FeatureBackward& job, float* sums, const Launch& where) {
+    const FeatureMap& img = job.img;
+    float* of_maps = sums + audio_shares_hopper(job) * job.m * img.c;
+    if (img.stride_c == 1) {
+        audio_gradient_hopper(job, img.data, sums, where);
+        if (job.grad_maps != nullptr) sum_maps(job, of_maps, where);
+        return;
+    }
+    void* copy = job.dimg != nullptr ? job.dimg
+                                     : static_cast<char*>(where.workspace) + shares_bytes(job, where.device);
+    copy_channels_last(img, copy, job.grad_maps, of_maps, where);
+    audio_gradient_hopper(job, copy, sums, where);
+}
+
 void add_shares(const FeatureBackward& job, float* sums, const Launch& where) {
     const FeatureMap& img = job.img;
-    if (on_hopper(job, where.device)) {
-        void* copy = job.dimg != nullptr
-                         ? job.dimg
-                         : static_cast<char*>(where.workspace) + shares_bytes(job, where.device);
-        return audio_gradient_hopper(job, in_channels_last(img, copy, where), sums, where);
-    }
     const Shares shares(job);
     const int64_t tiles = ceil_div(img.p, kCells);
     const AudioGradientArguments arguments{img.data,
@@ -250,9 +263,12 @@ void audio_gradient(const FeatureBackward& job, const Launch& where) {
     float* sums = static_cast<float*>(where.workspace);
     const int64_t size = job.m * img.c;
     const int count = static_cast<int>(logits_shares(job, where.device));
-    if (job.grad_logits != nullptr) add_shares(job, sums, where);
-    if (job.grad_maps != nullptr)  // one more share
-        sum_cells({img, job.grad_maps, false, 0.f, 1.f, nullptr, nullptr, sums + count * size}, where);
+    if (on_hopper(job, where.device)) {
+        add_shares_on_hopper(job, sums, where);
+    } else {
+        if (job.grad_logits != nullptr) add_shares(job, sums, where);
+        if (job.grad_maps != nullptr) sum_maps(job, sums + count * size, where);  // one more share
+    }
     with_dtype(img.dtype, [&]<class T>(T) {
         launch(finish_kernel<T>, {"finish_kernel", img.n, job.m, img.c, img.p}, {ceil_div(size, kThreads)},
                kThreads, 0, where,

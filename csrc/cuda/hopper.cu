@@ -38,10 +38,17 @@ Matrix make_matrix(const void* data, int64_t rows, int64_t columns, int box_rows
     const cuuint64_t strides[] = {static_cast<cuuint64_t>(columns) * 2};
     const cuuint32_t box[] = {kBoxColumns, static_cast<cuuint32_t>(box_rows)}, steps[] = {1, 1};
     // The type says how many bytes an element has, and nothing is computed.
-    const CUresult status =
-        encoder()(&matrix, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, const_cast<void*>(data), sizes, strides, box,
-                  steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const auto encode = [&] {
+        return encoder()(&matrix, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, const_cast<void*>(data), sizes, strides,
+                         box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    };
+    CUresult status = encode();
+    int device = 0;
+    // A thread that has called nothing yet, as autograd's may be, has no context; this gives it the device's.
+    if (status == CUDA_ERROR_INVALID_CONTEXT && cudaGetDevice(&device) == cudaSuccess &&
+        cudaSetDevice(device) == cudaSuccess)
+        status = encode();
     if (status != CUDA_SUCCESS)
         throw std::runtime_error("cuTensorMapEncodeTiled failed with " + std::to_string(status) +
                                  " for a matrix of " + std::to_string(rows) + " x " +

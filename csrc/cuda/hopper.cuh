@@ -21,8 +21,12 @@ constexpr int kStepBytes = 32;   // of a row: the 16 elements that one product g
 // Whether a device has what these kernels need, and they were compiled.
 bool is_hopper(int device);
 
-// The features in channels_last, (n, p, c): as they are, or copied to `copy`.
-const void* in_channels_last(const FeatureMap& img, void* copy, const Launch& where);
+// Copies features of 16 bits in NCHW to channels_last, (n, p, c). With weights (n, p), the features being
+// bfloat16, also writes sums (n, c) of weight times feature over the cells.
+void copy_channels_last(const FeatureMap& img, void* copy, const float* weights, float* sums,
+                        const Launch& where);
+
+// Of that copy, which features in channels_last do without.
 inline int64_t channels_last_bytes(const FeatureMap& img) {
     return img.stride_c == 1 ? 0 : ceil_div(img.n * img.c * img.p * 2, 256) * 256;
 }

@@ -297,7 +297,11 @@ void max_logits_hopper(const MaxLogits& job, const Launch& where) {
     const int box_rows = columns <= 200 ? 200 : columns <= 248 ? 248 : 256;
     const int64_t tiles = ceil_div(img.n, images), sound_blocks = ceil_div(job.m, kSounds);
     const int64_t share = ceil_div(tiles, larger(kBlocks / sound_blocks, 1));
-    const void* cells = in_channels_last(img, where.workspace, where);
+    const void* cells = img.data;
+    if (img.stride_c != 1) {
+        copy_channels_last(img, where.workspace, nullptr, nullptr, where);
+        cells = where.workspace;
+    }
     const MaxLogitsHopperArguments arguments{make_matrix(cells, img.n * img.p, img.c, box_rows),
                                              make_matrix(job.aud, job.m, img.c, kSounds),
                                              job.logits,
