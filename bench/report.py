@@ -57,7 +57,7 @@ def _megabytes(size: int | None) -> str:
 
 
 def section(machines: Mapping[str, Sequence[Run]]) -> str:
-    """Everything between the markers: GPUs, then CPUs, of each kind the machine measured last; the others are folded."""
+    """Everything between the markers: GPUs, then CPUs; of each kind all but the machine measured last are folded."""
     kinds = {name: runs[0].machine["kind"] for name, runs in machines.items()}
     dates = {name: max(run.machine["date"] for run in runs) for name, runs in machines.items()}
     parts: list[str] = []
@@ -108,7 +108,8 @@ def _facts(runs: Sequence[Run]) -> str:
     memory = next((run.settings["memory_limit"] for run in runs if "memory_limit" in run.settings), None)
     return (
         f"### {_title(machine)}\n\n"
-        f"torch {machine['versions']['torch']}, {machine['date']}, commit {commits}. Measured limits, in GFLOP/s: {limits}. "
+        f"torch {machine['versions']['torch']}, {machine['date']}, commit {commits}. "
+        f"Measured limits, in GFLOP/s: {limits}. "
         f"Milliseconds are medians of interleaved runs; in brackets how many times faster than {BASELINE}. "
         f"*Of limit*: the share of the machine's limit that our kernel reaches. *Peak*: memory beyond the inputs, "
         f"results included; a call that needs more than {memory:g} GiB is out of memory."

@@ -301,6 +301,14 @@ def test_an_emulated_backend_takes_cpu_tensors_and_is_never_chosen_by_itself(mon
     assert _dispatch.automatic("cuda") != "cuda"
 
 
+@pytest.mark.parametrize(("capability", "first"), [((9, 0), "cuda"), ((8, 0), "triton"), ((10, 0), "triton")])
+def test_on_hopper_cuda_comes_first_and_elsewhere_triton(monkeypatch, capability, first):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert _dispatch.preference.__wrapped__("cuda")[0] == first
+    assert sorted(_dispatch.preference.__wrapped__("cuda")) == ["cuda", "triton"]
+
+
 # --- info -----------------------------------------------------------------------------------------------------------
 
 
