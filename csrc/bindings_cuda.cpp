@@ -87,12 +87,12 @@ void adjacency(const Three& tensors, const Image& aud, double tau, int precision
             place, allocate);
 }
 
-void adjacency_backward(const Three& tensors, const Image& aud, uintptr_t sounds, double tau, int precision,
+void adjacency_backward(const Three& tensors, const Image& aud, double tau, int precision,
                         const std::array<double, 4>& weights, std::optional<double> threshold,
                         uintptr_t row_stats, uintptr_t col_lse, uintptr_t grad_loss, uintptr_t grad_terms,
                         const Four& grads, const Place& place, const py::function& allocate) {
     enqueue(AdjacencyBackward{inputs(tensors, aud, tau, precision, weights, threshold),
-                              at<const float>(sounds), at<const float>(row_stats), at<const float>(col_lse),
+                              at<const float>(row_stats), at<const float>(col_lse),
                               at<const float>(grad_loss), at<const float>(grad_terms), at<float>(grads[0]),
                               at<float>(grads[1]), at<float>(grads[2]), at<float>(grads[3])},
             place, allocate);

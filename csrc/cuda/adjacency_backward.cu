@@ -27,6 +27,11 @@ struct GradientArguments {
     const float* grad_terms;
     float* dlogits;
     int column_blocks;
+    // Sounds of 16 bits that are wanted in float32; null where not.
+    const void* narrow;
+    bool is_bfloat16;
+    float* sounds;
+    int64_t sound_elements, blocks;
 };
 
 // The statistics of a row, of the panel or transposed.
@@ -52,8 +57,17 @@ FNAC_DEVICE float term_gradient(const GradientArguments& job, int term) {
     return static_cast<float>(gradient);
 }
 
+// A share of the work for each block, which a kernel of its own would be a launch for.
+FNAC_DEVICE void widen_sounds(const GradientArguments& job) {
+    for (int64_t i = block_x() * kThreads + thread_index(); i < job.sound_elements;
+         i += job.blocks * kThreads)
+        job.sounds[i] = job.is_bfloat16 ? widen(static_cast<const BFloat16*>(job.narrow)[i])
+                                        : widen(static_cast<const Float16*>(job.narrow)[i]);
+}
+
 FNAC_KERNEL(kThreads, 2)
 gradient_kernel(const GradientArguments job) {
+    if (job.narrow != nullptr) widen_sounds(job);
     const int thread = thread_index(), warp = thread / kWarpSize, lane = thread % kWarpSize;
     const int64_t row0 = block_x() / job.column_blocks * kTile, size = job.n;
     const int64_t column0 = block_x() % job.column_blocks * kTile;
@@ -142,9 +156,16 @@ gradient_kernel(const GradientArguments job) {
     }
 }
 
+// Of the sounds in float32, to a multiple of 64 bytes.
+int64_t widened_floats(const AdjacencyInputs& job) {
+    return job.dtype == Dtype::kFloat32 ? 0 : ceil_div(job.n * job.c, 16) * 16;
+}
+
 }  // namespace
 
-int64_t workspace_bytes(const AdjacencyBackward& job, int) { return PanelPlan(job.inputs).bytes(); }
+int64_t workspace_bytes(const AdjacencyBackward& job, int) {
+    return widened_floats(job.inputs) * static_cast<int64_t>(sizeof(float)) + PanelPlan(job.inputs).bytes();
+}
 
 void run(const AdjacencyBackward& job, const Launch& where) {
     const DeviceGuard guard(where);
@@ -152,7 +173,12 @@ void run(const AdjacencyBackward& job, const Launch& where) {
     const Needs needs(inputs);
     const int64_t n = inputs.n, column_blocks = ceil_div(n, kTile);
     const double* w = inputs.weights;
-    for_panels(inputs, static_cast<float*>(where.workspace), where, [&](const Panel& panel) {
+    // The sounds in float32 come before the panels.
+    float* widened = static_cast<float*>(where.workspace);
+    const bool is_narrow = inputs.dtype != Dtype::kFloat32;
+    const float* sounds = is_narrow ? widened : static_cast<const float*>(inputs.aud);
+    for_panels(inputs, widened + widened_floats(inputs), where, [&](const Panel& panel) {
+        const int64_t blocks = ceil_div(panel.rows, kTile) * column_blocks;
         const GradientArguments arguments{inputs.logits,
                                           panel,
                                           n,
@@ -164,10 +190,14 @@ void run(const AdjacencyBackward& job, const Launch& where) {
                                           job.grad_loss,
                                           job.grad_terms,
                                           job.dlogits,
-                                          static_cast<int>(column_blocks)};
-        launch(gradient_kernel, {"gradient_kernel", panel.rows, n, inputs.c, 1},
-               {ceil_div(panel.rows, kTile) * column_blocks}, kThreads, kSharedFloats * sizeof(float), where,
-               arguments);
+                                          static_cast<int>(column_blocks),
+                                          is_narrow && panel.row0 == 0 ? inputs.aud : nullptr,
+                                          inputs.dtype == Dtype::kBFloat16,
+                                          widened,
+                                          n * inputs.c,
+                                          blocks};
+        launch(gradient_kernel, {"gradient_kernel", panel.rows, n, inputs.c, 1}, {blocks}, kThreads,
+               kSharedFloats * sizeof(float), where, arguments);
         Products products{{}, 0, panel.rows, inputs.c, n, inputs.scale};
         const auto add = [&](bool wanted, const float* gradient, const float* features, float* out) {
             if (wanted) products.each[products.count++] = {gradient, features, out + panel.row0 * inputs.c};
@@ -175,7 +205,7 @@ void run(const AdjacencyBackward& job, const Launch& where) {
         const bool of_sounds = needs.s1 || needs.s2;
         add(needs.s2, panel.f, inputs.foreground, job.dforeground);
         add(needs.s3, panel.i, inputs.avg, job.davg);
-        add(of_sounds, panel.a, job.sounds, job.daud);
+        add(of_sounds, panel.a, sounds, job.daud);
         if (of_sounds && inputs.dtype == Dtype::kBFloat16)
             products.narrow = static_cast<const BFloat16*>(inputs.aud);
         if (products.count > 0) multiply(products, where);

@@ -92,7 +92,6 @@ struct Adjacency {
 
 struct AdjacencyBackward {
     AdjacencyInputs inputs;
-    const float* sounds;  // aud in float32
     const float* row_stats;
     const float* col_lse;
     const float* grad_loss;   // (), may be null

@@ -142,15 +142,16 @@ def adjacency_backward(
     weights: tuple[float, ...],
     adjacency_threshold: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sounds = aud.float()
     # A gradient that no wanted term reaches is not written by the kernels.
     written = (True, weights[1] or weights[2], weights[3], weights[2])
-    like = (logits, sounds, img_avg, foreground)
-    grads = tuple(torch.empty_like(x) if w else torch.zeros_like(x) for x, w in zip(like, written, strict=True))
+    like = (logits, aud, img_avg, foreground)
+    grads = tuple(
+        (torch.empty_like if w else torch.zeros_like)(x, dtype=torch.float32)
+        for x, w in zip(like, written, strict=True)
+    )
     _native.cuda().adjacency_backward(
         [x.data_ptr() for x in (logits, img_avg, foreground)],
         _native.image(aud[:, :, None, None]),
-        sounds.data_ptr(),
         tau,
         _precision(),
         weights,
