@@ -91,7 +91,7 @@ def statistics_kernel(
     """What a tile gives to the log-sum-exps of its rows and, transposed, of its columns."""
     i, j, n, m = rows_and_columns(tl.program_id(0), BLOCK)
     leaves = n[:, None] < 0
-    if S1 or S2 or MASKED:
+    if (S1 or S2) or MASKED:  # Triton 3.2 takes no chains
         a = gram(aud, n, m, N, C, scale, 1, PRECISION, BLOCK_C)
         if S1 or S2:
             put_lse(partials, j, n, N, a, LSE_A, 1)
@@ -235,7 +235,7 @@ def finish_kernel(
     """The row sums of BLOCK rows; the last program: the means and their weighted sum."""
     block = tl.program_id(0)
     if block * BLOCK < N:
-        if S1 or S2 or S3:
+        if (S1 or S2) or S3:
             n = block * BLOCK + tl.arange(0, BLOCK)
             plane = tl.arange(0, 8)
             wanted = (n[:, None] < N) & (plane[None, :] < SUM_PLANES)

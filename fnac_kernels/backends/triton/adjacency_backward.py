@@ -103,7 +103,7 @@ def weights_kernel(
     k0 = tl.program_id(0) // column_blocks * BLOCK_N
     n0, m0 = row0 + k0, tl.program_id(0) % column_blocks * BLOCK_M
     n, m = n0 + tl.arange(0, BLOCK_N), m0 + tl.arange(0, BLOCK_M)
-    if S1 or S2 or MASKED:
+    if (S1 or S2) or MASKED:  # Triton 3.2 takes no chains
         a = gram(aud, n, m, N, C, scale, 1, PRECISION, BLOCK_C)
     if S1:
         g1 = term_gradient(grad_loss, grad_terms, w1, 1, LOSS, TERMS) / N / N
