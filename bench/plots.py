@@ -25,7 +25,7 @@ OURS = ("#009e73", "#d55e00", "#0072b2")
 
 def names(rows: Sequence[Row]) -> list[str]:
     """The pictures that a machine's rows give, without theme and suffix."""
-    return ["growth"] if any(len(points) > 1 for points in _curves(rows, "batch", "p50").values()) else []
+    return ["growth"] if "batch" in _grown(rows) else []
 
 
 def draw(runs: Sequence[Run], folder: Path) -> None:
@@ -64,6 +64,11 @@ def _curves(rows: Sequence[Row], series: str, field: str) -> dict[str, list[tupl
     return {name: sorted(points, key=lambda point: point[0]) for name, points in curves.items()}
 
 
+def _grown(rows: Sequence[Row]) -> list[str]:
+    """The series of which some contender has more than a point."""
+    return [name for name in SERIES if any(len(points) > 1 for points in _curves(rows, name, "p50").values())]
+
+
 def _figure(rows: Sequence[Row], limit: float | None, ink: str, path: Path) -> None:
     import matplotlib
 
@@ -81,8 +86,8 @@ def _figure(rows: Sequence[Row], limit: float | None, ink: str, path: Path) -> N
         "axes.spines.right": False,
     }
     with plt.rc_context(style):
-        times = {series: _curves(rows, series, "p50") for series in SERIES}
-        grown = [series for series, curves in times.items() if any(len(points) > 1 for points in curves.values())]
+        grown = _grown(rows)
+        times = {series: _curves(rows, series, "p50") for series in grown}
         peaks = {series: _curves(rows, series, "peak_bytes") for series in grown}
         lines = 2 if any(y for curves in peaks.values() for points in curves.values() for _, y in points) else 1
         size = (4.5 * len(grown) if len(grown) > 1 else 6, 0.5 + 3 * lines)

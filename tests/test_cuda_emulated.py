@@ -81,15 +81,26 @@ def test_the_emulated_kernels_for_hopper_pass_the_table(kind, order):
     assert "skipped" not in out
 
 
-# What the table's small samples do not reach: large blocks of sounds, several tiles of cells, sounds sorted in more
-# than one go, shares of images, panels of the larger product tiles, channels that end within a tile.
-LARGER = """
+SAMPLES = """
 import torch
 from samples import BF16, FP16, OPS, Sample
 from tolerance import assert_as_good_as_torch, run
 
 OP = {op.name: op for op in OPS}
 last = "channels_last"
+
+def check(samples_of):
+    for name, samples in samples_of.items():
+        for sample in samples:
+            got, by_torch = (run(OP[name], sample, backend) for backend in ("cuda", "reference"))
+            exact = run(OP[name], sample, "reference", dtype=torch.float64)
+            assert_as_good_as_torch(got, by_torch, exact, sample.dtype)
+"""
+
+
+# What the table's small samples do not reach: large blocks of sounds, several tiles of cells, sounds sorted in more
+# than one go, shares of images, panels of the larger product tiles, channels that end within a tile.
+LARGER = """
 POOLED = (
     Sample(3, 300, 40, 9, 9, dtype=BF16), Sample(3, 140, 40, 13, 10, dtype=BF16, layout=last),
     Sample(2, 140, 36, 5, 5), Sample(2, 140, 35, 9, 8, layout=last), Sample(70, 3, 130, 3, 3),
@@ -100,28 +111,18 @@ PAIRED = (
     Sample(150, 150, 70, 3, 3), Sample(5, 5, 200, 20, 20, dtype=BF16), Sample(140, 140, 64, 2, 7, layout=last),
     Sample(140, 140, 64, 2, 2, dtype=BF16), Sample(130, 130, 136, 1, 1, dtype=FP16),
 )
-for name, samples in {"max_logits": POOLED, "fnac_loss": PAIRED, "fnac_loss_hard_masked": PAIRED}.items():
-    for sample in samples:
-        got, by_torch = (run(OP[name], sample, backend) for backend in ("cuda", "reference"))
-        exact = run(OP[name], sample, "reference", dtype=torch.float64)
-        assert_as_good_as_torch(got, by_torch, exact, sample.dtype)
+check({"max_logits": POOLED, "fnac_loss": PAIRED, "fnac_loss_hard_masked": PAIRED})
 """
 
 
 @pytest.mark.parametrize("kind", ["plain", "sanitized"])
 def test_larger_sizes(kind):
-    check(emulate("-c", LARGER, kind=kind, FNAC_CUDA_EMULATION_ORDER="reverse"))
+    check(emulate("-c", SAMPLES + LARGER, kind=kind, FNAC_CUDA_EMULATION_ORDER="reverse"))
 
 
 # Several blocks of sounds, tiles, ranges of images, slices and boxes of channels; every number of images that a tile
 # may touch; the tiles of 200, 248 and 256 columns; a last image, sound and channel within a tile.
 HOPPER = """
-import torch
-from samples import BF16, FP16, OPS, Sample
-from tolerance import assert_as_good_as_torch, run
-
-OP = {op.name: op for op in OPS}
-last = "channels_last"
 POOLED = (
     Sample(21, 270, 72, 7, 7, dtype=BF16), Sample(3, 140, 512, 14, 14, dtype=FP16, layout=last),
     Sample(35, 9, 136, 4, 4, dtype=BF16), Sample(5, 130, 64, 16, 16, dtype=BF16, layout=last),
@@ -132,18 +133,14 @@ PAIRED = (
     Sample(35, 35, 520, 8, 8, dtype=BF16, layout=last), Sample(19, 19, 64, 11, 12, dtype=BF16),
     Sample(9, 9, 64, 16, 16, dtype=BF16),
 )
-for name, samples in {"max_logits": POOLED, "fnac_loss": PAIRED}.items():
-    for sample in samples:
-        got, by_torch = (run(OP[name], sample, backend) for backend in ("cuda", "reference"))
-        exact = run(OP[name], sample, "reference", dtype=torch.float64)
-        assert_as_good_as_torch(got, by_torch, exact, sample.dtype)
+check({"max_logits": POOLED, "fnac_loss": PAIRED})
 """
 
 
 @pytest.mark.parametrize("kind", ["plain", "sanitized"])
 def test_larger_sizes_on_hopper(kind):
     done = emulate(
-        *("-c", HOPPER), kind=kind, FNAC_CUDA_EMULATION_ORDER="reverse", FNAC_CUDA_EMULATION_CHIP="sm_90a",
+        *("-c", SAMPLES + HOPPER), kind=kind, FNAC_CUDA_EMULATION_ORDER="reverse", FNAC_CUDA_EMULATION_CHIP="sm_90a",
         FNAC_CUDA_EMULATION_TRACE="1",
     )  # fmt: skip
     check(done)

@@ -192,13 +192,9 @@ struct Shares {
     }
 };
 
-bool on_hopper(const FeatureBackward& job, int device) {
-    return is_hopper(device) && gradients_hopper_serve(job);
-}
-
 int64_t logits_shares(const FeatureBackward& job, int device) {
     if (job.grad_logits == nullptr) return 0;
-    return on_hopper(job, device) ? audio_shares_hopper(job) : Shares(job).count;
+    return gradients_hopper_serve(job, device) ? audio_shares_hopper(job) : Shares(job).count;
 }
 
 // Of all shares, which a copy of the features may follow.
@@ -254,7 +250,7 @@ void add_shares(const FeatureBackward& job, float* sums, const Launch& where) {
 }  // namespace
 
 int64_t audio_gradient_workspace(const FeatureBackward& job, int device) {
-    const bool copies = on_hopper(job, device) && job.dimg == nullptr;
+    const bool copies = gradients_hopper_serve(job, device) && job.dimg == nullptr;
     return shares_bytes(job, device) + (copies ? channels_last_bytes(job.img) : 0);
 }
 
@@ -263,7 +259,7 @@ void audio_gradient(const FeatureBackward& job, const Launch& where) {
     float* sums = static_cast<float*>(where.workspace);
     const int64_t size = job.m * img.c;
     const int count = static_cast<int>(logits_shares(job, where.device));
-    if (on_hopper(job, where.device)) {
+    if (gradients_hopper_serve(job, where.device)) {
         add_shares_on_hopper(job, sums, where);
     } else {
         if (job.grad_logits != nullptr) add_shares(job, sums, where);

@@ -6,7 +6,7 @@ namespace fnac::cuda {
 
 // Whether sizes, dtype and alignment are such that these kernels take what comes through the logits (on
 // Hopper).
-bool gradients_hopper_serve(const FeatureBackward& job);
+bool gradients_hopper_serve(const FeatureBackward& job, int device);
 
 // Writes dimg.
 void image_gradient_hopper(const FeatureBackward& job, const Launch& where);

@@ -18,7 +18,7 @@ constexpr int kGroupSize = 128;  // threads of a warpgroup
 constexpr int kGroupRows = 64;   // of a warpgroup's product
 constexpr int kStepBytes = 32;   // of a row: the 16 elements that one product goes along
 
-// Whether a device has what these kernels need, and they were compiled.
+// Whether a device has what these kernels need.
 bool is_hopper(int device);
 
 // Copies features of 16 bits in NCHW to channels_last, (n, p, c). With weights (n, p), the features being

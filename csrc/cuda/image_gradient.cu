@@ -214,7 +214,7 @@ image_gradient_kernel(const ImageGradientArguments job) {
 }  // namespace
 
 void image_gradient(const FeatureBackward& job, const Launch& where) {
-    if (is_hopper(where.device) && gradients_hopper_serve(job)) return image_gradient_hopper(job, where);
+    if (gradients_hopper_serve(job, where.device)) return image_gradient_hopper(job, where);
     const FeatureMap& img = job.img;
     const int64_t tiles = ceil_div(img.p, kCells), slices = ceil_div(img.c, kChannels);
     with_dtype(img.dtype, [&]<class T>(T) {

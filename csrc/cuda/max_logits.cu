@@ -232,12 +232,12 @@ void start(const MaxLogitsArguments& arguments, const Launch& where) {
 }  // namespace
 
 int64_t workspace_bytes(const MaxLogits& job, int device) {
-    return is_hopper(device) && max_logits_hopper_serves(job) ? channels_last_bytes(job.img) : 0;
+    return max_logits_hopper_serves(job, device) ? channels_last_bytes(job.img) : 0;
 }
 
 void run(const MaxLogits& job, const Launch& where) {
     const DeviceGuard guard(where);
-    if (is_hopper(where.device) && max_logits_hopper_serves(job)) return max_logits_hopper(job, where);
+    if (max_logits_hopper_serves(job, where.device)) return max_logits_hopper(job, where);
     const FeatureMap& img = job.img;
     const int64_t tiles = ceil_div(img.p, kTile), row_bytes = img.c * (img.dtype == Dtype::kFloat32 ? 4 : 2);
     const MaxLogitsArguments arguments{

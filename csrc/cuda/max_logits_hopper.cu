@@ -20,7 +20,7 @@ constexpr int kMostColumns = 256;
 constexpr int64_t kBlocks = 132;  // of the grid: multiprocessors
 
 struct MaxLogitsHopperArguments {
-    Matrix cells;   // (n * p, c)
+    Matrix cells;   // (n * p, c), in boxes of a tile's columns
     Matrix sounds;  // (m, c)
     float* logits;
     uint16_t* argmax;
@@ -267,34 +267,36 @@ max_logits_hopper_kernel(const FNAC_CONSTANT MaxLogitsHopperArguments job) {
 }
 
 template <class T, int kColumns, int kCells>
-void start(const MaxLogitsHopperArguments& arguments, const Shape& shape, const Launch& where) {
-    launch(max_logits_hopper_kernel<T, kColumns, kCells>, shape, {smaller(kBlocks, arguments.items)},
+void start(MaxLogitsHopperArguments arguments, const void* cells, const MaxLogits& job, const Launch& where) {
+    const FeatureMap& img = job.img;
+    arguments.cells = make_matrix(cells, img.n * img.p, img.c, kColumns);
+    launch(max_logits_hopper_kernel<T, kColumns, kCells>,
+           {"max_logits_hopper_kernel", img.n, job.m, img.c, img.p}, {smaller(kBlocks, arguments.items)},
            kThreads, Memory<kColumns>::bytes(arguments.boxes), where, arguments);
 }
 
 template <class T>
-void start(const MaxLogitsHopperArguments& arguments, const Shape& shape, const Launch& where) {
+void start(const MaxLogitsHopperArguments& arguments, const void* cells, const MaxLogits& job,
+           const Launch& where) {
     const int columns = arguments.images * arguments.p;
-    if (arguments.p == 49) return start<T, 248, 49>(arguments, shape, where);
-    if (columns <= 200) return start<T, 200, 0>(arguments, shape, where);
-    if (columns <= 248) return start<T, 248, 0>(arguments, shape, where);
-    return start<T, 256, 0>(arguments, shape, where);
+    if (arguments.p == 49) return start<T, 248, 49>(arguments, cells, job, where);
+    if (columns <= 200) return start<T, 200, 0>(arguments, cells, job, where);
+    if (columns <= 248) return start<T, 248, 0>(arguments, cells, job, where);
+    return start<T, 256, 0>(arguments, cells, job, where);
 }
 
 }  // namespace
 
-bool max_logits_hopper_serves(const MaxLogits& job) {
+bool max_logits_hopper_serves(const MaxLogits& job, int device) {
     const FeatureMap& img = job.img;
-    return img.dtype != Dtype::kFloat32 && img.c % 8 == 0 && img.c <= kMostBoxes * kBoxColumns &&
-           img.p >= 16 && img.p <= kMostColumns && is_aligned(img.data) && is_aligned(job.aud);
+    return is_hopper(device) && img.dtype != Dtype::kFloat32 && img.c % 8 == 0 &&
+           img.c <= kMostBoxes * kBoxColumns && img.p >= 16 && img.p <= kMostColumns &&
+           is_aligned(img.data) && is_aligned(job.aud);
 }
 
 void max_logits_hopper(const MaxLogits& job, const Launch& where) {
     const FeatureMap& img = job.img;
-    const Shape shape{"max_logits_hopper_kernel", img.n, job.m, img.c, img.p};
     const int images = static_cast<int>(kMostColumns / img.p);
-    const int columns = images * static_cast<int>(img.p);
-    const int box_rows = columns <= 200 ? 200 : columns <= 248 ? 248 : 256;
     const int64_t tiles = ceil_div(img.n, images), sound_blocks = ceil_div(job.m, kSounds);
     const int64_t share = ceil_div(tiles, larger(kBlocks / sound_blocks, 1));
     const void* cells = img.data;
@@ -302,7 +304,7 @@ void max_logits_hopper(const MaxLogits& job, const Launch& where) {
         copy_channels_last(img, where.workspace, nullptr, nullptr, where);
         cells = where.workspace;
     }
-    const MaxLogitsHopperArguments arguments{make_matrix(cells, img.n * img.p, img.c, box_rows),
+    const MaxLogitsHopperArguments arguments{{},
                                              make_matrix(job.aud, job.m, img.c, kSounds),
                                              job.logits,
                                              job.argmax,
@@ -315,8 +317,8 @@ void max_logits_hopper(const MaxLogits& job, const Launch& where) {
                                              static_cast<int>(share),
                                              static_cast<int>(sound_blocks * ceil_div(tiles, share)),
                                              job.scale};
-    if (img.dtype == Dtype::kBFloat16) return start<BFloat16>(arguments, shape, where);
-    return start<Float16>(arguments, shape, where);
+    if (img.dtype == Dtype::kBFloat16) return start<BFloat16>(arguments, cells, job, where);
+    return start<Float16>(arguments, cells, job, where);
 }
 
 }  // namespace fnac::cuda

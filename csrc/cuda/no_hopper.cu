@@ -1,4 +1,4 @@
-// In place of the kernels for Hopper where sm_90 is not compiled for: no device is one, and nothing calls
+// In place of the kernels for Hopper where sm_90 is not compiled for: they serve nothing, so nothing calls
 // them.
 #include <stdexcept>
 
@@ -12,10 +12,9 @@ namespace {
 
 }  // namespace
 
-bool is_hopper(int) { return false; }
-bool max_logits_hopper_serves(const MaxLogits&) { return false; }
+bool max_logits_hopper_serves(const MaxLogits&, int) { return false; }
 void max_logits_hopper(const MaxLogits&, const Launch&) { absent(); }
-bool gradients_hopper_serve(const FeatureBackward&) { return false; }
+bool gradients_hopper_serve(const FeatureBackward&, int) { return false; }
 void image_gradient_hopper(const FeatureBackward&, const Launch&) { absent(); }
 int64_t audio_shares_hopper(const FeatureBackward&) { absent(); }
 void audio_gradient_hopper(const FeatureBackward&, const void*, float*, const Launch&) { absent(); }
