@@ -13,7 +13,7 @@ import torch
 from bench import limits, machine, memory, rivals, work
 from bench.cases import CASES, DEFAULT, OPS, Case, Op
 from bench.report import table
-from bench.results import MEMORY_KEPT, Row, Run
+from bench.results import Row, Run, conditions
 from bench.timer import interleave
 from fnac.memory import keep_freed_memory
 
@@ -66,7 +66,10 @@ def measure(op: Op, case: Case, dtype: str, options: argparse.Namespace, peaks: 
     """A row per contender: first who can and who fits, then who agrees, and only then how long it takes."""
     precision = getattr(torch, dtype)
     names = [name for name in rivals.CONTENDERS if name in (rivals.BASELINE, *options.backends)]
-    rows = {name: Row(op.name, case.name + MEMORY_KEPT * options.keep_memory, dtype, name) for name in names}
+    if dtype != "float32":  # where products are of 16 bits anyway
+        names = [name for name in names if rivals.CONTENDERS[name].products == torch.float32]
+    full = case.name + conditions(options.keep_memory)
+    rows = {name: Row(op.name, full, dtype, name) for name in names}
     inputs = work.leaves(op, case, options.device)
     exact = work.oracle(op, inputs)
     size = round(options.memory_limit * memory.GIB)
@@ -88,7 +91,7 @@ def measure(op: Op, case: Case, dtype: str, options: argparse.Namespace, peaks: 
             row.detail = f"{type(failure).__name__}: {failure}".splitlines()[0]
             continue
         row.value_error, row.grad_error = error.value, error.grad
-        if error.acceptable(precision):
+        if error.acceptable(contender.judged(precision)):
             steps[name] = run
         else:
             row.status, row.detail = "differs", "gives another result than the reference: not timed"
@@ -98,7 +101,7 @@ def measure(op: Op, case: Case, dtype: str, options: argparse.Namespace, peaks: 
         row = rows[name]
         row.p20, row.p50, row.p80, row.rounds = timing.p20, timing.p50, timing.p80, timing.rounds
         row.ratio = base.p50 / timing.p50 if base else None
-        row.fraction = limits.seconds(op, case, dtype, peaks) / (timing.p50 / 1e3)
+        row.fraction = limits.seconds(op, case, rivals.CONTENDERS[name].judged(precision), peaks) / (timing.p50 / 1e3)
     yield from rows.values()
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 from bench.cases import Case, Op
 
 
-def seconds(op: Op, case: Case, dtype: str, peaks: dict[str, float]) -> float:
+def seconds(op: Op, case: Case, dtype: torch.dtype, peaks: dict[str, float]) -> float:
     """The time that the work needs at least, at the arithmetic peak of the dtype or at the memory's, whichever is more.
 
     Arithmetic is counted as the best known algorithm needs it: one dense product forward, a backward that touches the
@@ -15,7 +17,7 @@ def seconds(op: Op, case: Case, dtype: str, peaks: dict[str, float]) -> float:
     """
     flops, elements = work(op, case)
     rate = max(peaks["gemm_float32"], peaks.get("fma", 0.0))
-    if dtype != "float32":  # 16-bit values can be multiplied in float32 too, where that is faster
+    if dtype != torch.float32:  # 16-bit values can be multiplied in float32 too, where that is faster
         rate = max(rate, peaks["gemm_bfloat16"], peaks.get("amx_bfloat16", 0.0))
     return max(flops / rate, 4 * elements / peaks["copy"])
 

@@ -9,9 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench import plots
 from bench.cases import CASES, OPS, Case
-from bench.results import DIRECTORY, MEMORY_KEPT, Row, Run
+from bench.results import DIRECTORY, Row, Run
 from bench.rivals import BASELINE, CONTENDERS
 
 README = DIRECTORY.parents[1] / "README.md"
@@ -129,7 +131,8 @@ def _markdown(op: str, dtype: str, rows: Sequence[Row]) -> str:
     lines = [f"`{op}` in {dtype}: {what}.", "", _cells(head), _cells(["---"] + ["---:"] * (len(head) - 1))]
     for case in dict.fromkeys(row.case for row in sorted(tried, key=_size)):
         of = {row.contender: row for row in tried if row.case == case}
-        mine = min((of[name] for name in ours if name in of), key=lambda row: row.p50 or math.inf, default=None)
+        exact = (of[name] for name in ours if name in of and CONTENDERS[name].products == torch.float32)
+        mine = min(exact, key=lambda row: row.p50 or math.inf, default=None)
         cells = [_case(case), *(_figure(of.get(name), name in ours) for name in names)]
         if limits:
             cells.append(f"{mine.fraction:.0%}" if mine and mine.fraction is not None else "")
@@ -146,10 +149,10 @@ def _absent(rows: Sequence[Row]) -> str:
     return "Not run: " + "; ".join(f"{name} ({why})" for name, why in reasons.items()) + "." if reasons else ""
 
 
-def _size(row: Row) -> tuple[bool, int, int]:
-    case = CASES.get(row.case.removesuffix(MEMORY_KEPT))
-    kept = row.case.endswith(MEMORY_KEPT)
-    return (kept, case.cells, case.n * case.m) if case else (kept, 0, 0)
+def _size(row: Row) -> tuple[str, int, int]:
+    name, _, note = row.case.partition(", ")
+    case = CASES.get(name)
+    return (note, case.cells, case.n * case.m) if case else (note, 0, 0)
 
 
 def _case(full: str) -> str:

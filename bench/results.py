@@ -15,6 +15,12 @@ DIRECTORY = Path(__file__).parent / "results"
 MEMORY_KEPT = ", memory kept"
 
 
+def conditions(keep_memory: bool) -> str:
+    """What ends the name of a case that was measured under other conditions than usual."""
+    pinned = os.environ.get("FNAC_CPU_ISA", "")
+    return f", {pinned}" * bool(pinned) + MEMORY_KEPT * keep_memory
+
+
 @dataclass
 class Row:
     """One contender on one case. Times are milliseconds of a call, ``ratio`` is the baseline's median over this one's.

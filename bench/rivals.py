@@ -27,12 +27,18 @@ Forward = Callable[[], tuple[Tensor, ...]]
 @dataclass(frozen=True)
 class Contender:
     """``prepare(op, inputs)`` returns the forward pass as a function without arguments; what it does first (compiling,
-    a layout of its own) is not timed. ``problem(op, case, device)`` is the reason why it cannot run, or None."""
+    a layout of its own) is not timed. ``problem(op, case, device)`` is the reason why it cannot run, or None.
+    ``products``: the dtype in which it multiplies float32 features, by which its result is judged."""
 
     name: str
     prepare: Callable[[Op, tuple[Tensor, ...]], Forward]
     problem: Callable[[Op, Case, str], str | None] = lambda op, case, device: None
     ours: bool = False
+    products: torch.dtype = torch.float32
+
+    def judged(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of its products, where those of ``dtype`` are asked for."""
+        return self.products if dtype == torch.float32 else dtype
 
 
 def _calls(library: Any, **settings: Any) -> Callable[[Op, tuple[Tensor, ...]], Forward]:
@@ -104,6 +110,26 @@ def _backend(name: str) -> Contender:
     return Contender(name, _calls(fnac_kernels, backend=name), problem, ours=True)
 
 
+def _medium(name: str) -> Contender:
+    """A backend where ``torch.set_float32_matmul_precision`` allows bfloat16 products of float32 features."""
+    exact = _backend(name)
+
+    def prepare(op: Op, inputs: tuple[Tensor, ...]) -> Forward:
+        run = exact.prepare(op, inputs)
+
+        def forward() -> tuple[Tensor, ...]:
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("medium")
+            try:
+                return run()
+            finally:
+                torch.set_float32_matmul_precision(before)
+
+        return forward
+
+    return Contender(f"{name}-medium", prepare, exact.problem, ours=True, products=torch.bfloat16)
+
+
 def ours(device: str) -> list[str]:
     """Our backends that run on a kind of device here."""
     backends = fnac_kernels._dispatch.BACKENDS.values()
@@ -126,5 +152,6 @@ CONTENDERS: dict[str, Contender] = {
         Contender("maxsim-cpu", _maxsim_cpu, _only_max_logits("maxsim-cpu", forward_only=True)),
         Contender("inf-cl", _inf_cl, _inf_cl_problem),
         *(_backend(name) for name in fnac_kernels._dispatch.BACKENDS),
+        _medium("cpu"),
     )
 }

@@ -24,7 +24,7 @@ def test_op(benchmark, op, case, contender):
     inputs = work.leaves(OPS[op], CASES[case], DEVICE)
     step = work.step(OPS[op], CONTENDERS[contender], inputs, torch.float32)
     error = work.error(step(), work.oracle(OPS[op], inputs))
-    assert error.acceptable(torch.float32), error
+    assert error.acceptable(CONTENDERS[contender].products), error
 
     def finished() -> None:
         step()

@@ -71,6 +71,28 @@ struct Avx512 {
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i) x[i] = t[i];
     }
+    // Rows four apart are loaded side by side, a quarter of a vector each, which takes loads instead of half
+    // of the shuffles; each quarter is then transposed in itself.
+    static void load_transposed(const float* from, int64_t stride, F (&x)[16]) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 16; j += 4) {
+            F rows[4];
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) {
+                const auto quarter = [&](int64_t row) { return _mm_loadu_ps(from + row * stride + j); };
+                rows[i] = _mm512_castps128_ps512(quarter(i));
+                rows[i] = _mm512_insertf32x4(rows[i], quarter(4 + i), 1);
+                rows[i] = _mm512_insertf32x4(rows[i], quarter(8 + i), 2);
+                rows[i] = _mm512_insertf32x4(rows[i], quarter(12 + i), 3);
+            }
+            const F a = _mm512_unpacklo_ps(rows[0], rows[1]), b = _mm512_unpackhi_ps(rows[0], rows[1]),
+                    c = _mm512_unpacklo_ps(rows[2], rows[3]), d = _mm512_unpackhi_ps(rows[2], rows[3]);
+            x[j] = unpack_low(a, c);
+            x[j + 1] = unpack_high(a, c);
+            x[j + 2] = unpack_low(b, d);
+            x[j + 3] = unpack_high(b, d);
+        }
+    }
     static F unpack_low(F a, F b) {
         return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
     }

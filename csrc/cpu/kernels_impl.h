@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 #include "cpu/kernels.h"
@@ -26,8 +27,8 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 #include "cpu/pack_impl.h"
 #include "cpu/tiles_impl.h"
 #include "cpu/one_cell_impl.h"
-#include "cpu/max_logits_impl.h"
 #include "cpu/pool_impl.h"
+#include "cpu/max_logits_impl.h"
 #include "cpu/feature_backward_impl.h"
 #include "cpu/softmax_impl.h"
 #include "cpu/triangle_impl.h"

@@ -103,6 +103,9 @@ struct Portable {
         return map([&](int i) { return std::fabs(x.v[i]); });
     }
     static float sum(F x) { return (x.v[0] + x.v[1]) + (x.v[2] + x.v[3]); }
+    static void sums(const F (&x)[4], float* out) {
+        for (int i = 0; i < 4; ++i) out[i] = sum(x[i]);
+    }
     static void update_max(F value, int32_t cell, float* best, int32_t* index) {
         for (int i = 0; i < 4; ++i) {
             if (!(value.v[i] <= best[i]) && best[i] == best[i]) {

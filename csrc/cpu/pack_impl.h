@@ -4,13 +4,28 @@
 namespace fnac {
 namespace {
 
-// A block of height x width elements, at most kLanes each, transposed; 0 beyond.
+// A block of height x width elements, at most kLanes each, transposed; 0 beyond. A whole block of floats goes
+// the traits' way, which lets loads do part of the work.
 template <class V, class T>
 inline __attribute__((always_inline)) void load_transposed(const T* from, int64_t stride, int64_t height,
                                                            int64_t width, typename V::F (&x)[V::kLanes]) {
+    if constexpr (requires { V::load_transposed(from, stride, x); }) {
+        if (height >= V::kLanes && width >= V::kLanes) return V::load_transposed(from, stride, x);
+    }
     for (int64_t i = 0; i < V::kLanes; ++i)
         x[i] = i < height ? V::load_n(from + i * stride, width) : V::set(0.f);
     V::transpose(x);
+}
+
+// to[i * to_stride] = from[i * from_stride]: of a block of one row or one column, such as the last of 49
+// cells, a transposition in registers would be mostly 0. Whether it was done.
+template <class From, class To>
+bool copy_line(const From* from, int64_t from_stride, int64_t count, To* to, int64_t to_stride) {
+    if constexpr (std::is_same_v<From, float> && std::is_same_v<To, float>) {
+        for (int64_t i = 0; i < count; ++i) to[i * to_stride] = from[i * from_stride];
+        return true;
+    }
+    return false;
 }
 
 // to[c * to_stride + r] = from[r * from_stride + c] for `rows` x `cols` elements. Where rows is no multiple
@@ -22,6 +37,9 @@ void transpose(const From* from, int64_t from_stride, int64_t rows, int64_t cols
         const int64_t height = smaller(V::kLanes, rows - r);
         for (int64_t c = 0; c < cols; c += V::kLanes) {
             const int64_t width = smaller(V::kLanes, cols - c);
+            if (width == 1 &&
+                copy_line(from + r * from_stride + c, from_stride, height, to + c * to_stride + r, 1))
+                continue;
             // Rows are read a vector at a time: no stream that the hardware would see ahead.
             for (int64_t i = 0; i < V::kLanes; ++i)
                 __builtin_prefetch(from + (r + i + V::kLanes) * from_stride + c);
@@ -41,6 +59,9 @@ void transpose_exact(const float* from, int64_t from_stride, int64_t rows, int64
         const int64_t width = smaller(V::kLanes, cols - c);
         for (int64_t r = 0; r < rows; r += V::kLanes) {
             const int64_t height = smaller(V::kLanes, rows - r);
+            if (height == 1 &&
+                copy_line(from + r * from_stride + c, 1, width, to + c * to_stride + r, to_stride))
+                continue;
             typename V::F x[V::kLanes];
             load_transposed<V>(from + r * from_stride + c, from_stride, height, width, x);
             for (int64_t i = 0; i < width; ++i) V::store_n(to + (c + i) * to_stride + r, x[i], height);

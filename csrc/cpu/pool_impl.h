@@ -1,5 +1,6 @@
 // Localization maps, foreground masks and pooled features of matched pairs: one image at a time, which stays
-// in L2 between the pass that makes its map and the pass that pools by it.
+// in L2 between the pass that makes its map and the pass that pools by it, and the one that packs it for the
+// logits.
 #pragma once
 
 namespace fnac {
@@ -19,25 +20,40 @@ void minmax_mask(const float* map, int64_t p, float threshold, uint8_t* mask, fl
     }
 }
 
+// kVectors vectors of a map, `last` elements in the last of them.
+template <class V, int kVectors, class T>
+void map_vectors(const T* x, const float* aud, int64_t c, int64_t p, int64_t last, float scale, float* map) {
+    typename V::F even[kVectors], odd[kVectors];
+    for (int v = 0; v < kVectors; ++v) even[v] = odd[v] = V::set(0.f);
+    const auto add_channel = [&](int64_t i, typename V::F(&sums)[kVectors]) {
+        const typename V::F a = V::set(aud[i]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+            const int64_t count = v + 1 < kVectors ? V::kLanes : last;
+            sums[v] = V::fma(a, V::load_n(x + i * p + v * V::kLanes, count), sums[v]);
+        }
+    };
+    for (int64_t i = 0; i + 1 < c; i += 2) {
+        add_channel(i, even);
+        add_channel(i + 1, odd);
+    }
+    if (c % 2 == 1) add_channel(c - 1, even);
+    for (int v = 0; v < kVectors; ++v) {
+        const typename V::F sum = V::mul(V::add(even[v], odd[v]), V::set(scale));
+        V::store_n(map + v * V::kLanes, sum, v + 1 < kVectors ? V::kLanes : last);
+    }
+}
+
 // map[p] = scale * sum_c aud[c] * x[c][p], lanes are cells.
 template <class V, class T>
 void map_nchw(const T* x, const float* aud, int64_t c, int64_t p, float scale, float* map) {
-    constexpr int kVectors = 4;
-    for (int64_t first = 0; first < p; first += kVectors * V::kLanes) {
-        typename V::F acc[kVectors];
-        int64_t rest[kVectors];
-        for (int v = 0; v < kVectors; ++v) {
-            acc[v] = V::set(0.f);
-            rest[v] = p - first - v * V::kLanes;
-            rest[v] = rest[v] < 0 ? 0 : rest[v];
-        }
-        for (int64_t i = 0; i < c; ++i)
-            for (int v = 0; v < kVectors; ++v)
-                if (rest[v] > 0)
-                    acc[v] =
-                        V::fma(V::set(aud[i]), V::load_n(x + i * p + first + v * V::kLanes, rest[v]), acc[v]);
-        for (int v = 0; v < kVectors; ++v)
-            V::store_n(map + first + v * V::kLanes, V::mul(acc[v], V::set(scale)), rest[v]);
+    constexpr decltype(&map_vectors<V, 1, T>) kMaps[] = {map_vectors<V, 1, T>, map_vectors<V, 2, T>,
+                                                         map_vectors<V, 3, T>, map_vectors<V, 4, T>};
+    constexpr int64_t kMost = 4 * V::kLanes;
+    for (int64_t first = 0; first < p; first += kMost) {
+        const int64_t vectors = ceil_div(smaller(p - first, kMost), V::kLanes);
+        const int64_t last = smaller(p - first - (vectors - 1) * V::kLanes, V::kLanes);
+        kMaps[vectors - 1](x + first, aud, c, p, last, scale, map + first);
     }
 }
 
@@ -60,15 +76,33 @@ void map_channels_last(const T* x, const float* aud, int64_t c, int64_t p, float
 template <class V, class T>
 void sums_nchw(const T* x, const float* weights, int64_t c, int64_t p, float share, float* avg,
                float* foreground) {
-    for (int64_t i = 0; i < c; ++i) {
-        typename V::F all = V::set(0.f), fore = V::set(0.f);
-        for (int64_t j = 0; j < p; j += V::kLanes) {
-            const typename V::F value = V::load_n(x + i * p + j, p - j);
-            all = V::add(all, value);
-            fore = V::fma(V::load_n(weights + j, p - j), value, fore);
+    constexpr int kTogether = 4;
+    for (int64_t first = 0; first < c; first += kTogether) {
+        typename V::F all[kTogether], fore[kTogether];
+        const T* rows[kTogether];  // the last again where there are not so many
+        for (int i = 0; i < kTogether; ++i) {
+            all[i] = fore[i] = V::set(0.f);
+            rows[i] = x + smaller(first + i, c - 1) * p;
         }
-        foreground[i] = share * V::sum(fore);
-        if (avg != nullptr) avg[i] = share * V::sum(all);
+        const auto add_cells = [&](int64_t j, int64_t count) {
+            const typename V::F weight = V::load_n(weights + j, count);
+#pragma GCC unroll 4
+            for (int i = 0; i < kTogether; ++i) {
+                const typename V::F value = V::load_n(rows[i] + j, count);
+                all[i] = V::add(all[i], value);
+                fore[i] = V::fma(weight, value, fore[i]);
+            }
+        };
+        int64_t j = 0;
+        for (; j + V::kLanes <= p; j += V::kLanes) add_cells(j, V::kLanes);
+        if (j < p) add_cells(j, p - j);
+        float all_sums[kTogether], fore_sums[kTogether];
+        V::sums(all, all_sums);
+        V::sums(fore, fore_sums);
+        for (int64_t i = 0; i < smaller(kTogether, c - first); ++i) {
+            foreground[first + i] = share * fore_sums[i];
+            if (avg != nullptr) avg[first + i] = share * all_sums[i];
+        }
     }
 }
 
@@ -102,7 +136,7 @@ void sums_channels_last(const T* x, const float* weights, int64_t c, int64_t p, 
 }
 
 template <class V, class T>
-void pool_image(const Pool& job, int64_t n, float* weights) {
+void pool_features(const Pool& job, int64_t n, float* weights) {
     const FeatureMap& img = job.img;
     const T* x = static_cast<const T*>(img.data) + n * img.image_size();
     float* map = job.maps + n * img.p;
@@ -118,13 +152,28 @@ void pool_image(const Pool& job, int64_t n, float* weights) {
               job.avg == nullptr ? nullptr : job.avg + n * img.c, job.foreground + n * img.c);
 }
 
+// Pools images of a job one by one, wherever their turn comes; of none nothing.
+template <class V>
+class Pooling {
+  public:
+    explicit Pooling(const Pool* job)
+        : job_(job), weights_(job == nullptr ? 0 : sizeof(float) * job->threads * job->img.p) {}
+
+    void image(int64_t n, int worker) const {
+        if (job_ == nullptr) return;
+        float* const weights = weights_.as<float>() + worker * job_->img.p;
+        with_dtype(job_->img.dtype, [&]<class T>(T) { pool_features<V, T>(*job_, n, weights); });
+    }
+
+  private:
+    const Pool* job_;
+    Scratch weights_;
+};
+
 template <class V>
 void pool(const Pool& job) {
-    const Scratch weights(sizeof(float) * job.threads * job.img.p);
-    parallel_for(job.threads, job.img.n, [&](int64_t n, int worker) {
-        with_dtype(job.img.dtype,
-                   [&]<class T>(T) { pool_image<V, T>(job, n, weights.as<float>() + worker * job.img.p); });
-    });
+    const Pooling<V> pooling(&job);
+    parallel_for(job.threads, job.img.n, [&](int64_t n, int worker) { pooling.image(n, worker); });
 }
 
 }  // namespace

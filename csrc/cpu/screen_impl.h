@@ -210,10 +210,14 @@ class Worker {
                sizeof(Candidate) * kWidth * (cells + kSpare) + 5 * 64;
     }
 
-    // Packs the cells, once for all panels.
-    void pack(const Cells& cells) {
+    // Packs the cells, once for all panels; `before` is called with each image before it is.
+    template <class Before>
+    void pack(const Cells& cells, Before before) {
         cells_ = cells;
-        for (int64_t i = 0; i < cells.images; ++i) pack_image(i);
+        for (int64_t i = 0; i < cells.images; ++i) {
+            before(cells.image + i);
+            pack_image(i);
+        }
     }
     void panel(int64_t index, int64_t first_panel) {
         bool wanted = false;
@@ -275,34 +279,42 @@ class Worker {
                cells_.begin * img_.c;
     }
 
+    // The cells [begin, end) of an image as rows of float32; kept where candidates will be read again.
+    const float* rows_of(int64_t i, int64_t begin, int64_t end) {
+        if (rows_in_place()) return rows_of(i) + begin * img_.c;
+        const int64_t c = img_.c, stride = row_stride();
+        const bool kept = !Products::kRounds || !job_.bf16_products;
+        float* const to = rows_ + (kept ? (i * cells_.count + begin) * stride : 0);
+        with_dtype(img_.dtype, [&]<class T>(T) {
+            const T* from = static_cast<const T*>(img_.data) + (cells_.image + i) * img_.image_size() +
+                            (cells_.begin + begin) * img_.stride_p;
+            if (img_.stride_c != 1) return transpose<V>(from, img_.stride_c, c, end - begin, to, stride);
+            for (int64_t p = 0; p < end - begin; ++p)
+                for (int64_t k = 0; k < c; k += V::kLanes)
+                    V::store_n(to + p * stride + k, V::load_n(from + p * img_.stride_p + k, c - k), c - k);
+        });
+        return to;
+    }
+
     void pack_image(int64_t i) {
         const int64_t c = img_.c, count = cells_.count, stride = row_stride();
-        if (!rows_in_place()) {
-            with_dtype(img_.dtype, [&]<class T>(T) {
-                const T* from = static_cast<const T*>(img_.data) + (cells_.image + i) * img_.image_size() +
-                                cells_.begin * img_.stride_p;
-                float* to = rows_ + i * count * stride;
-                if (img_.stride_c == 1)
-                    for (int64_t p = 0; p < count; ++p)
-                        for (int64_t k = 0; k < c; k += V::kLanes)
-                            V::store_n(to + p * stride + k, V::load_n(from + p * img_.stride_p + k, c - k),
-                                       c - k);
-                else
-                    transpose<V>(from, img_.stride_c, c, count, to, stride);
-            });
-        }
-        const float* rows = rows_of(i);
-        const float scale = Products::scale(rows, c, count, stride);
         Norms largest{0, 0};
         bool usable = true;
-        for (int64_t p = 0; p < count; ++p) {
-            const int64_t at = i * count + p;
-            const Norms norms =
-                pack_row<V, Products>(rows + p * stride, c, scale,
-                                      tiles_ + at / kTileRows * sounds_.depth * kTileSize, at % kTileRows);
-            usable &= in_range(norms.whole);
-            largest.whole = norms.whole > largest.whole ? norms.whole : largest.whole;
-            largest.residual = norms.residual > largest.residual ? norms.residual : largest.residual;
+        float scale = 1;
+        // A few rows, which are then still in L1, unless the scale needs them all first.
+        const int64_t step = Products::kScaled ? count : V::kLanes;
+        for (int64_t begin = 0; begin < count; begin += step) {
+            const int64_t end = smaller(begin + step, count);
+            const float* rows = rows_of(i, begin, end);
+            if constexpr (Products::kScaled) scale = Products::scale(rows, c, count, stride);
+            for (int64_t p = begin; p < end; ++p, rows += stride) {
+                const int64_t at = i * count + p;
+                uint16_t* const tiles = tiles_ + at / kTileRows * sounds_.depth * kTileSize;
+                const Norms norms = pack_row<V, Products>(rows, c, scale, tiles, at % kTileRows);
+                usable &= in_range(norms.whole);
+                largest.whole = norms.whole > largest.whole ? norms.whole : largest.whole;
+                largest.residual = norms.residual > largest.residual ? norms.residual : largest.residual;
+            }
         }
         if (!usable) make_dense(i);
         norms_[i] = largest;
@@ -437,6 +449,7 @@ void do_dense(const MaxLogits& job, const uint8_t* dense, void (*exact)(const Ma
         const int64_t size = job.img.dtype == Dtype::kFloat32 ? 4 : 2;
         part.img.data = static_cast<const std::byte*>(job.img.data) + n * job.img.image_size() * size;
         part.img.n = end - n;
+        part.pool = nullptr;  // done
         part.logits += n * job.m;
         part.argmax += n * job.m;
         exact(part);
@@ -460,6 +473,7 @@ void max_logits_screened(const MaxLogits& job, void (*exact)(const MaxLogits&)) 
     const int64_t blocks = ceil_div(sounds.panels(), panels);
     const size_t bytes = (Work::bytes(img, sounds) + 4095) / 4096 * 4096;
     const Scratch memory(bytes * job.threads), dense(img.n);
+    const Pooling<V> pooling(job.pool);
     std::memset(dense.as<void>(), 0, img.n);
 
     parallel_for(job.threads, groups * blocks, [&](int64_t task, int worker) {
@@ -469,7 +483,9 @@ void max_logits_screened(const MaxLogits& job, void (*exact)(const MaxLogits&)) 
         const int64_t last = smaller(first + panels, sounds.panels());
         for (int64_t q = 0; q < pieces; ++q) {
             const int64_t begin = q * img.p / pieces, end = (q + 1) * img.p / pieces;
-            work.pack({image, smaller(group, img.n - image), begin, end - begin});
+            work.pack({image, smaller(group, img.n - image), begin, end - begin}, [&](int64_t n) {
+                if (first == 0 && q == 0) pooling.image(n, worker);
+            });
             for (int64_t i = first; i < last; ++i) work.panel(i, first);
         }
     });
