@@ -212,7 +212,10 @@ def select(name: str | None, device: str, dtype: torch.dtype) -> str:
         return name
     if dtype == torch.float64:
         return REFERENCE
-    return _for_device(device)
+    name = automatic(device)
+    if name is None:
+        _warn_reference(device)
+    return name or REFERENCE
 
 
 def automatic(device: str) -> str | None:
@@ -222,13 +225,6 @@ def automatic(device: str) -> str | None:
         if backend.problem is None and backend.takes == device:
             return name
     return None
-
-
-def _for_device(device: str) -> str:
-    name = automatic(device)
-    if name is None:
-        _warn_reference(device)
-    return name or REFERENCE
 
 
 @functools.cache

@@ -34,13 +34,38 @@ _PLAIN = functools.reduce(
 )
 
 
-def _plain(args: tuple[Any, ...]) -> bool:
-    """Whether no mode, transform, tracer or tensor subclass would see a call with these arguments."""
-    tensors = [x for x in args if isinstance(x, Tensor)]
+def _plain(tensors: list[Tensor]) -> bool:
+    """Whether no mode, transform, tracer or tensor subclass would see a call with these tensors."""
     keys = torch._C._dispatch_tls_local_include_set().raw_repr()
     for x in tensors:
         keys |= torch._C._dispatch_keys(x).raw_repr()
     return not keys & ~_PLAIN and not has_torch_function(tensors)
+
+
+def _recorded(tensors: list[Tensor]) -> bool:
+    """Whether autograd wants to know of a call with these tensors."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _function(name: str, run: Any, setup_context: Any, results: Any, backward: Any) -> Any:
+    """``results(*run(*args))`` and its backward for autograd."""
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        outputs = run(*args)
+        if setup_context is not None:
+            setup_context(ctx, args, outputs)
+        return results(*outputs)
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), methods)
+
+
+def _all(*outputs: Tensor) -> tuple[Tensor, ...]:
+    return outputs
+
+
+def _first(*outputs: Tensor) -> tuple[Tensor, ...]:
+    return outputs[:1]
 
 
 def _define(
@@ -51,7 +76,8 @@ def _define(
     setup_context: Any = None,
     *,
     given: int | None = None,
-    returned: int | None = None,
+    results: Any = _all,
+    results_backward: Any = None,
 ) -> Any:
     """Define a differentiable operator; returns the function that calls it.
 
@@ -60,7 +86,8 @@ def _define(
 
     Args:
         given: how many of the arguments may hold tensors of the caller's; those after them hold the forward pass's.
-        returned: how many of the outputs the caller wants; those after them are for the backward pass.
+        results: makes of the outputs what the caller gets; outputs for the backward pass alone are not among it.
+        results_backward: ``backward`` from the gradients of the results, where these are not the first outputs.
     """
     name = schema.partition("(")[0]
     _lib.define(schema)
@@ -68,34 +95,27 @@ def _define(
     torch.library.register_fake(f"fnac_kernels::{name}", fake, lib=_lib)
     op = getattr(torch.ops.fnac_kernels, name).default
 
-    def forward(ctx: Any, *args: Any) -> Any:
-        inputs, (run, wanted) = args[:-2], args[-2:]
-        output = run(*inputs)
-        if setup_context is not None:
-            setup_context(ctx, inputs, output)
-        return output[:wanted]
-
-    methods = {
-        "forward": staticmethod(forward),
-        "backward": staticmethod(lambda ctx, *grads: (*backward(ctx, *grads), None, None)),
-    }
-    function: Any = type(name, (torch.autograd.Function,), methods)
-
-    def differentiable(args: tuple[Any, ...], run: Any, wanted: int | None) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-            return function.apply(*args, run, wanted)
-        return run(*args)
-
     def below_autograd(*args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    _lib.impl(name, lambda *args: differentiable(args, below_autograd, None), "Autograd")
+    dispatched = _function(name, below_autograd, setup_context, _all, backward)
+    direct = _function(name, kernel, setup_context, results, results_backward or backward)
+    # Of Function.apply the part below Python: what is above it serves transforms, which see no plain call.
+    record = super(torch.autograd.Function, direct).apply
+
+    def autograd(*args: Any) -> Any:
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        return dispatched.apply(*args) if _recorded(tensors) else below_autograd(*args)
+
+    _lib.impl(name, autograd, "Autograd")
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or not _plain(args[:given]):
-            return op(*args)
-        return differentiable(args, kernel, returned)
+        if not torch.compiler.is_dynamo_compiling():
+            tensors = [x for x in args[:given] if isinstance(x, Tensor)]
+            if _plain(tensors):
+                return record(*args) if _recorded(tensors) else results(*kernel(*args))
+        return results(*op(*args))
 
     return call
 
@@ -239,7 +259,7 @@ max_logits = _define(
     _max_logits_fake,
     _max_logits_backward,
     _max_logits_setup,
-    returned=1,
+    results=_first,
 )
 
 
@@ -374,7 +394,7 @@ pooled_features = _define(
     _pooled_features_fake,
     _pooled_features_backward,
     _pooled_features_setup,
-    returned=4,
+    results=lambda *outputs: outputs[:4],
 )
 
 
@@ -411,7 +431,7 @@ foreground_pool = _define(
     _foreground_pool_fake,
     _foreground_pool_backward,
     _foreground_pool_setup,
-    returned=1,
+    results=_first,
 )
 
 
@@ -502,7 +522,7 @@ adjacency_contrastive = _define(
     _adjacency_fake,
     _adjacency_backward,
     _adjacency_setup,
-    returned=2,
+    results=lambda *outputs: outputs[:2],
 )
 adjacency_backward = _define(
     "adjacency_backward(Tensor? grad_loss, Tensor? grad_terms, Tensor logits, Tensor aud, Tensor img_avg, "
@@ -582,6 +602,17 @@ def _fnac_loss_backward(
     return dimg if need_img else None, daud if need_aud else None, None, None, None, None, None
 
 
+def _fnac_loss_results(loss: Tensor, terms: Tensor, maps: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+    return loss, *terms.unbind(), maps
+
+
+def _fnac_loss_results_backward(ctx: Any, grad_loss: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    *of_terms, grad_maps = grads
+    like = next((x for x in of_terms if x is not None), None)
+    grad_terms = None if like is None else torch.stack([torch.zeros_like(like) if x is None else x for x in of_terms])
+    return _fnac_loss_backward(ctx, grad_loss, grad_terms, grad_maps)
+
+
 def _fnac_loss_backward_op(
     grad_loss: Tensor | None,
     grad_terms: Tensor | None,
@@ -648,7 +679,9 @@ fnac_loss = _define(
     _fnac_loss_fake,
     _fnac_loss_backward,
     _fnac_loss_setup,
-    returned=3,
+    given=2,
+    results=_fnac_loss_results,
+    results_backward=_fnac_loss_results_backward,
 )
 fnac_loss_backward = _define(
     "fnac_loss_backward(Tensor? grad_loss, Tensor? grad_terms, Tensor? grad_maps, Tensor img, Tensor aud, "

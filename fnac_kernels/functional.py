@@ -45,6 +45,8 @@ def _autocast(backend: str, img: Tensor, aud: Tensor) -> tuple[Tensor, Tensor]:
 
     Float32 maps stay as they are for a backend that rounds them itself: the embeddings' dtype tells it what to.
     """
+    if not torch._C._is_any_autocast_enabled():
+        return img, aud
     device = img.device.type
     if img.dtype == torch.float64 or not _has_autocast(device) or not torch.is_autocast_enabled(device):
         return img, aud
@@ -113,9 +115,7 @@ def fnac_loss(
                 weights=weights,
                 adjacency_threshold=adjacency_threshold,
             )
-    loss, terms, maps, *_ = _ops.fnac_loss(img, aud, tau, fg_threshold, weights, adjacency_threshold, name)
-    nce, fns_audio, tne, fns_visual = terms.unbind()
-    return FNACOutput(loss, nce, fns_audio, tne, fns_visual, maps)
+    return FNACOutput(*_ops.fnac_loss(img, aud, tau, fg_threshold, weights, adjacency_threshold, name))
 
 
 @torch._disable_dynamo  # torch.compiler.disable would import the compiler at once
