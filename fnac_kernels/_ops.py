@@ -44,7 +44,7 @@ def _plain(tensors: list[Tensor]) -> bool:
 
 def _recorded(tensors: list[Tensor]) -> bool:
     """Whether autograd wants to know of a call with these tensors."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return torch.is_grad_enabled() and bool([x for x in tensors if x.requires_grad])
 
 
 def _function(name: str, run: Any, setup_context: Any, results: Any, backward: Any) -> Any:

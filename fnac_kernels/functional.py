@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 #: Backends that round a float32 feature map to the products' dtype while they read it: a cast of the map before would
 #: cost more than the products, and its gradient another one.
 _ROUNDS_ITSELF = ("cpu",)
+_CPU = torch.device("cpu")
 
 
 @_dispatch.constant_when_compiled
@@ -61,7 +62,9 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def _backend(requested: str | None, x: Tensor) -> str:
-    return _dispatch.select(_dispatch.requested(requested), x.device.type, x.dtype)
+    # What makes the string of device.type takes as long as the rest of the choice.
+    device = "cuda" if x.is_cuda else "cpu" if x.device == _CPU else x.device.type
+    return _dispatch.select(_dispatch.requested(requested), device, x.dtype)
 
 
 def fnac_loss(
