@@ -587,6 +587,7 @@ def _fnac_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 def _fnac_loss_backward(
     ctx: Any, grad_loss: Tensor | None, grad_terms: Tensor | None, grad_maps: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:
+    need_img, need_aud = _wanted(ctx, 0, 1)
     dimg, daud = fnac_loss_backward(
         grad_loss,
         grad_terms,
@@ -595,10 +596,10 @@ def _fnac_loss_backward(
         ctx.tau,
         ctx.weights,
         ctx.adjacency_threshold,
-        *_wanted(ctx, 0, 1),
+        need_img,
+        need_aud,
         ctx.backend,
     )
-    need_img, need_aud = _wanted(ctx, 0, 1)
     return dimg if need_img else None, daud if need_aud else None, None, None, None, None, None
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fnac_kernels import _native
 
+_kernels = _native.module()  # this is imported where it is usable alone
 _ROW_STATS = 16
 #: Bytes from which a gradient of the image features lies in memory that is kept for the next: a smaller one would waste
 #: most of a huge page.
@@ -21,7 +22,7 @@ def _gradient_of(img: Tensor) -> Tensor:
     """Room for a gradient of dense ``img``: the last one's, where nobody holds that any more."""
     if img.nbytes < _KEPT_FROM:
         return torch.empty_like(img)
-    memory = torch.frombuffer(_native.module().KeptMemory(img.nbytes), dtype=img.dtype)
+    memory = torch.frombuffer(_kernels.KeptMemory(img.nbytes), dtype=img.dtype)
     return memory.as_strided(img.shape, img.stride())
 
 
@@ -45,7 +46,7 @@ def _pools_like(img: Tensor, pooled: bool) -> tuple[Tensor, Tensor, Tensor, Tens
 def max_logits(img: Tensor, aud: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     logits, argmax = _logits_like(img, aud)
     wide = aud.float()
-    _native.module().max_logits(
+    _kernels.max_logits(
         _native.image(img),
         wide.data_ptr(),
         aud.shape[0],
@@ -64,7 +65,7 @@ def pool_pairs(
     pools = _pools_like(img, pooled)
     wide = aud.float()
     outputs = [x.data_ptr() for x in pools] if pooled else [pools[0].data_ptr(), 0, 0, 0]
-    _native.module().pool(_native.image(img), wide.data_ptr(), tau, threshold, *outputs, torch.get_num_threads())
+    _kernels.pool(_native.image(img), wide.data_ptr(), tau, threshold, *outputs, torch.get_num_threads())
     return pools
 
 
@@ -75,7 +76,7 @@ def logits_and_pools(
     pools = _pools_like(img, pooled)
     wide = aud.float()
     outputs = [x.data_ptr() for x in pools] if pooled else [pools[0].data_ptr(), 0, 0, 0]
-    _native.module().logits_and_pools(
+    _kernels.logits_and_pools(
         _native.image(img),
         wide.data_ptr(),
         aud.shape[0],
@@ -94,7 +95,7 @@ def foreground_pool(img: Tensor, maps: Tensor, threshold: float) -> tuple[Tensor
     n, c, h, w = img.shape
     foreground, mask = _floats(img, n, c), img.new_empty(n, h, w, dtype=torch.bool)
     addresses = (maps.data_ptr(), mask.data_ptr(), 0, foreground.data_ptr())
-    _native.module().pool(_native.image(img), 0, 1.0, threshold, *addresses, torch.get_num_threads())
+    _kernels.pool(_native.image(img), 0, 1.0, threshold, *addresses, torch.get_num_threads())
     return foreground, mask
 
 
@@ -115,13 +116,17 @@ def feature_backward(
     dimg = _gradient_of(img) if need_img else None
     wide = None if aud is None else aud.float()
     daud = torch.empty_like(wide) if need_aud and wide is not None else None
-    sources = (grad_logits, argmax, grad_maps, mask, grad_avg, grad_foreground)
-    _native.module().feature_backward(
+    _kernels.feature_backward(
         _native.image(img),
         _native.address(wide),
         0 if wide is None else wide.shape[0],
         tau,
-        *map(_native.address, sources),
+        _native.address(grad_logits),
+        _native.address(argmax),
+        _native.address(grad_maps),
+        _native.address(mask),
+        _native.address(grad_avg),
+        _native.address(grad_foreground),
         _native.address(dimg),
         _native.address(daud),
         torch.get_num_threads(),
@@ -144,7 +149,7 @@ def adjacency(
     inputs = (logits, aud.float(), img_avg, foreground)
     loss, terms = aud.new_empty((), dtype=torch.float32), _floats(aud, 4)
     row_stats, col_lse = _floats(aud, n, _ROW_STATS), _floats(aud, n)
-    _native.module().adjacency(
+    _kernels.adjacency(
         [x.data_ptr() for x in inputs],
         n,
         c,
@@ -178,7 +183,7 @@ def adjacency_backward(
     # A gradient that no wanted term reaches is not written by the kernel.
     written = (True, weights[1] or weights[2], weights[3], weights[2])
     grads = [torch.empty_like(x) if w else torch.zeros_like(x) for x, w in zip(inputs, written, strict=True)]
-    _native.module().adjacency_backward(
+    _kernels.adjacency_backward(
         [x.data_ptr() for x in inputs],
         n,
         c,
