@@ -129,6 +129,12 @@ def image(img: Tensor) -> tuple[int, int, int, int, int, int, int]:
     return (img.data_ptr(), _DTYPES[img.dtype], n, c, h * w, *image_strides(img))
 
 
+def vectors(x: Tensor) -> tuple[int, int, int, int, int, int, int]:
+    """:func:`image` of contiguous vectors ``(N, C)``: maps of one cell."""
+    n, c = x.shape
+    return (x.data_ptr(), _DTYPES[x.dtype], n, c, 1, 1, c)
+
+
 def address(x: Tensor | None) -> int:
     """Where the tensor's data lies; 0 for None."""
     return 0 if x is None else x.data_ptr()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fnac_kernels import _native
 
+_kernels = _native.cuda()  # this is imported where it is usable alone
 _ROW_STATS = 16
 
 
@@ -31,13 +32,13 @@ def _precision() -> int:
 
 
 def _floats(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
+    return like.new_empty(*shape, dtype=torch.float32)  # sizes one by one are read faster than a tuple of them
 
 
 def max_logits(img: Tensor, aud: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    shape = (img.shape[0], aud.shape[0])
-    logits, argmax = _floats(img, *shape), torch.empty(shape, dtype=torch.uint16, device=img.device)
-    _native.cuda().max_logits(
+    n, m = len(img), len(aud)
+    logits, argmax = _floats(img, n, m), img.new_empty(n, m, dtype=torch.uint16)
+    _kernels.max_logits(
         _native.image(img),
         aud.data_ptr(),
         aud.shape[0],
@@ -55,18 +56,18 @@ def pool_pairs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, c, h, w = img.shape
     rows = n if pooled else 0
-    maps, mask = _floats(img, n, h, w), torch.empty((rows, h, w), dtype=torch.bool, device=img.device)
+    maps, mask = _floats(img, n, h, w), img.new_empty(rows, h, w, dtype=torch.bool)
     img_avg, foreground = _floats(img, rows, c), _floats(img, rows, c)
-    outputs = (_native.address(x if pooled else None) for x in (mask, img_avg, foreground))
-    _native.cuda().pool(_native.image(img), aud.data_ptr(), tau, threshold, maps.data_ptr(), *outputs, *_place(img))
+    outputs = (mask.data_ptr(), img_avg.data_ptr(), foreground.data_ptr()) if pooled else (0, 0, 0)
+    _kernels.pool(_native.image(img), aud.data_ptr(), tau, threshold, maps.data_ptr(), *outputs, *_place(img))
     return maps, mask, img_avg, foreground
 
 
 def foreground_pool(img: Tensor, maps: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     n, c, h, w = img.shape
-    foreground, mask = _floats(img, n, c), torch.empty((n, h, w), dtype=torch.bool, device=img.device)
+    foreground, mask = _floats(img, n, c), img.new_empty(n, h, w, dtype=torch.bool)
     outputs = (mask.data_ptr(), 0, foreground.data_ptr())
-    _native.cuda().pool(_native.image(img), 0, 1.0, threshold, maps.data_ptr(), *outputs, *_place(img))
+    _kernels.pool(_native.image(img), 0, 1.0, threshold, maps.data_ptr(), *outputs, *_place(img))
     return foreground, mask
 
 
@@ -86,14 +87,18 @@ def feature_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     dimg = torch.empty_like(img) if need_img else None
     daud = torch.empty_like(aud) if need_aud and aud is not None else None
-    sources = (grad_logits, argmax, grad_maps, mask, grad_avg, grad_foreground)
-    _native.cuda().feature_backward(
+    _kernels.feature_backward(
         _native.image(img),
         _native.address(aud),
         0 if aud is None else aud.shape[0],
         tau,
         _precision(),
-        *map(_native.address, sources),
+        _native.address(grad_logits),
+        _native.address(argmax),
+        _native.address(grad_maps),
+        _native.address(mask),
+        _native.address(grad_avg),
+        _native.address(grad_foreground),
         _native.address(dimg),
         _native.address(daud),
         *_place(img),
@@ -112,10 +117,10 @@ def adjacency(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n = aud.shape[0]
     row_stats, col_lse = _floats(logits, n, _ROW_STATS), _floats(logits, n)
-    loss, terms = _floats(logits), _floats(logits, 4)
-    _native.cuda().adjacency(
+    loss, terms = logits.new_empty(()), _floats(logits, 4)
+    _kernels.adjacency(
         [x.data_ptr() for x in (logits, img_avg, foreground)],
-        _native.image(aud[:, :, None, None]),
+        _native.vectors(aud),
         tau,
         _precision(),
         weights,
@@ -149,9 +154,9 @@ def adjacency_backward(
         (torch.empty_like if w else torch.zeros_like)(x, dtype=torch.float32)
         for x, w in zip(like, written, strict=True)
     )
-    _native.cuda().adjacency_backward(
+    _kernels.adjacency_backward(
         [x.data_ptr() for x in (logits, img_avg, foreground)],
-        _native.image(aud[:, :, None, None]),
+        _native.vectors(aud),
         tau,
         _precision(),
         weights,
