@@ -205,6 +205,16 @@ def test_hard_masked_pairs_leave_the_denominators():
     torch.testing.assert_close(masked.nce, expected)
 
 
+@pytest.mark.parametrize("terms", [("nce",), ("fns_audio",), ("tne",), ("fns_visual",), ("fns_audio", "fns_visual")])
+def test_terms_that_the_loss_does_not_join_have_their_gradients(terms, backend):
+    img, aud = features()
+    got, expected = (
+        torch.autograd.grad(sum((getattr(out, name) for name in terms), out.maps[0, 0, 0]), (img, aud))
+        for out in (fk.fnac_loss(img, aud, 0.1, backend=name) for name in (backend, "reference"))
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_gradients_add_up_over_outputs_and_calls():
     img, aud = features()
     first, second = fk.fnac_loss(img, aud, 0.1), fk.max_logits(img, aud, 0.1)
