@@ -288,7 +288,7 @@ def test_an_emulation_that_does_not_load_is_explained(tmp_path, name, cause):
 
 
 def test_an_emulated_backend_takes_cpu_tensors_and_is_never_chosen_by_itself(monkeypatch):
-    emulated = _dispatch.Backend("cuda", "fnac_kernels.backends.cuda", "cuda", lambda: None, "SOME_VARIABLE")
+    emulated = _dispatch.Backend("cuda", "fnac_kernels.backends.cpu", "cuda", lambda: None, "SOME_VARIABLE")
     monkeypatch.setitem(_dispatch.BACKENDS, "cuda", emulated)
     monkeypatch.delenv("SOME_VARIABLE", raising=False)
     assert emulated.takes == "cuda"
