@@ -47,8 +47,9 @@ def test_every_instruction_set_passes_the_table(isa):
     if isa == fk.info()["cpu"]["instruction_set"]:
         pytest.skip("this one is what test_backends.py runs on")
     table = Path(__file__).with_name("test_backends.py")
-    large = f"{__file__}::{test_a_batch_of_many_panels_is_as_good_as_torch.__name__}"
-    done = run_pinned(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(table), large, "-k", "cpu")
+    own = (test_a_batch_of_many_panels_is_as_good_as_torch, test_a_gradient_past_the_caches_is_the_same_as_through_them)
+    large = [f"{__file__}::{test.__name__}" for test in own]
+    done = run_pinned(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(table), *large, "-k", "cpu")
     assert done.returncode == 0, done.stdout[-3000:]
 
 
@@ -67,6 +68,28 @@ def test_a_batch_of_many_panels_is_as_good_as_torch(op, threads):
     finally:
         torch.set_num_threads(before)
     assert_as_good_as_torch(got, by_torch, exact, LARGE.dtype)
+
+
+#: More bytes than a gradient may have that goes through the caches: slices that are whole lines of memory, rests, neither.
+STREAMED = [(40, 512, 15), (90, 500, 10), (180, 500, 7)]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize(("n", "c", "side"), STREAMED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gradient_past_the_caches_is_the_same_as_through_them(n, c, side, layout, dtype):
+    img, aud = features(n, c, side)
+    img, aud = img.to(dtype).contiguous(memory_format=layout), aud.to(dtype)[:20]
+    weight = torch.linspace(-1, 1, n * len(aud)).sin().view(n, -1)
+
+    def gradient(rows: slice) -> Tensor:
+        part = img[rows].detach().requires_grad_()
+        (fk.max_logits(part, aud, backend="cpu") * weight[rows]).sum().backward()
+        return part.grad
+
+    assert img.numel() * 4 > 16 << 20
+    halves = torch.cat([gradient(slice(0, n // 3)), gradient(slice(n // 3, n))])
+    assert torch.equal(gradient(slice(0, n)), halves)
 
 
 @pytest.mark.parametrize("isa", ISAS)

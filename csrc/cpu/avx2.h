@@ -21,6 +21,9 @@ struct Avx2 {
 
     static F load(const float* p) { return _mm256_loadu_ps(p); }
     static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+    // Past the caches, to half a line of memory; what follows `streamed` sees it.
+    static void stream(float* p, F x) { _mm256_stream_ps(p, x); }
+    static void streamed() { _mm_sfence(); }
     static F load(const BFloat16* p) {
         const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));

@@ -19,6 +19,9 @@ struct Avx512 {
 
     static F load(const float* p) { return _mm512_loadu_ps(p); }
     static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+    // Past the caches, to a whole line of memory; what follows `streamed` sees it.
+    static void stream(float* p, F x) { _mm512_stream_ps(p, x); }
+    static void streamed() { _mm_sfence(); }
     // The first n elements (all where n >= kLanes), 0 beyond.
     static F load_n(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
     static F load_n(const BFloat16* p, int64_t n) {

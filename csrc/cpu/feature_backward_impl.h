@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t kGroupBytes = 128 * 1024;  // T and D of the images handled at a time
 constexpr int64_t kMaxGroup = 8;
+constexpr int64_t kStreamedFrom = 16 * 1024 * 1024;  // bytes of dimg that no cache will hold until it is read
 
 template <class V, class T>
 class BackwardSlice {
@@ -26,6 +27,7 @@ class BackwardSlice {
           to_(daud),
           first_(first),
           width_(smaller(kSlice, job.img.c - first)),
+          streams_(static_cast<int64_t>(sizeof(T)) * job.img.n * job.img.image_size() >= kStreamedFrom),
           cells_(job.img.p * kSlice),
           features_(memory),
           grads_(memory + images * cells_),
@@ -45,6 +47,7 @@ class BackwardSlice {
                   {*this, next, i + 1 < groups ? smaller(images, end - next) : 0});
         }
         if (job_.daud != nullptr) store_audio();
+        if (streams_) V::streamed();
     }
 
   private:
@@ -80,20 +83,20 @@ class BackwardSlice {
       public:
         Ahead(const BackwardSlice& slice, int64_t n, int64_t count)
             : features_(slice.job_.daud == nullptr ? nullptr : static_cast<const T*>(slice.job_.img.data)),
-              grads_(static_cast<T*>(slice.job_.dimg)) {
+              grads_(slice.streams_ ? nullptr : static_cast<T*>(slice.job_.dimg)) {
             const FeatureMap& img = slice.job_.img;
             const bool nchw = img.stride_p == 1;  // then an image's slice is one run, else one for each cell
             lines_ = ceil_div((nchw ? img.p : 1) * slice.width_, kLine);
             step_ = nchw ? img.image_size() : img.stride_p;
             run_ = n * img.image_size() + slice.first_ * img.stride_c;
-            left_ = grads_ == nullptr ? 0 : count * (nchw ? 1 : img.p) * lines_;
+            left_ = slice.job_.dimg == nullptr ? 0 : count * (nchw ? 1 : img.p) * lines_;
         }
         int64_t left() const { return left_; }
         void fetch(int64_t lines) {
             for (lines = smaller(lines, left_), left_ -= lines; lines > 0; --lines) {
                 const int64_t at = run_ + line_ * kLine;
                 if (features_ != nullptr) __builtin_prefetch(features_ + at, 0, 2);
-                __builtin_prefetch(grads_ + at, 1, 2);
+                if (grads_ != nullptr) __builtin_prefetch(grads_ + at, 1, 2);
                 if (++line_ == lines_) line_ = 0, run_ += step_;
             }
         }
@@ -120,7 +123,8 @@ class BackwardSlice {
                 add_logits<true, false>(n0, count, ahead);
         }
         if (job_.dimg != nullptr)
-            for (int64_t i = 0; i < count; ++i) store_gradient(n0 + i, grads_ + i * cells_);
+            for (int64_t i = 0; i < count; ++i)
+                store_gradient(n0 + i, grads_ + i * cells_, features_ + i * cells_);
     }
 
     void load_features(int64_t n, float* to) const {
@@ -197,23 +201,45 @@ class BackwardSlice {
         }
     }
 
-    void store_gradient(int64_t n, const float* d) const {
+    // Whether `count` floats were written past the caches, so that their memory is not read first.
+    bool stream(const float* from, int64_t count, T* to) const {
+        if constexpr (std::is_same_v<T, float>) {
+            constexpr int64_t line = 64 / sizeof(float);
+            if (!streams_ || reinterpret_cast<uintptr_t>(to) % 64 != 0 || count % line != 0) return false;
+            for (int64_t i = 0; i < count; i += V::kLanes) V::stream(to + i, V::load(from + i));
+            return true;
+        }
+        return false;
+    }
+
+    // `room`: of the image's features, which are not needed any more.
+    void store_gradient(int64_t n, const float* d, float* room) const {
         const FeatureMap& img = job_.img;
         T* to = static_cast<T*>(job_.dimg) + n * img.image_size();
         if (img.stride_p == 1) {
-            transpose_exact<V>(d, kSlice, img.p, width_, to + first_ * img.p, img.p);
+            to += first_ * img.p;
+            if (streams_ && std::is_same_v<T, float>) {
+                transpose_exact<V>(d, kSlice, img.p, width_, room, img.p);
+                if (stream(room, width_ * img.p, to)) return;
+            }
+            transpose_exact<V>(d, kSlice, img.p, width_, to, img.p);
         } else {
-            for (int64_t p = 0; p < img.p; ++p)
+            for (int64_t p = 0; p < img.p; ++p) {
+                if (width_ == kSlice && stream(d + p * kSlice, kSlice, to + p * img.stride_p + first_))
+                    continue;
                 for (int v = 0; v < kVectors; ++v)
                     if (v * V::kLanes < width_)
                         V::store_n(to + p * img.stride_p + first_ + v * V::kLanes,
                                    V::load(d + p * kSlice + v * V::kLanes), width_ - v * V::kLanes);
+            }
         }
     }
 
     const FeatureBackward& job_;
     float* const to_;  // (m, c): daud, or the share of a part of the images
-    const int64_t first_, width_, cells_;
+    const int64_t first_, width_;
+    const bool streams_;
+    const int64_t cells_;
     float *const features_, *const grads_, *const aud_, *const daud_;
 };
 

@@ -84,6 +84,8 @@ struct Portable {
     static F fma(F a, F b, F c) {
         return map([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
     }
+    static void stream(float* p, F x) { store(p, x); }
+    static void streamed() {}
     static F add(F a, F b) {
         return map([&](int i) { return a.v[i] + b.v[i]; });
     }
