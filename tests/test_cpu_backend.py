@@ -70,7 +70,7 @@ def test_a_batch_of_many_panels_is_as_good_as_torch(op, threads):
     assert_as_good_as_torch(got, by_torch, exact, LARGE.dtype)
 
 
-#: More bytes than a gradient may have that goes through the caches: slices that are whole lines of memory, rests, neither.
+#: More bytes than a gradient that goes through the caches may have: slices of whole lines of memory, rests, neither.
 STREAMED = [(40, 512, 15), (90, 500, 10), (180, 500, 7)]
 
 
