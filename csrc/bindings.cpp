@@ -17,34 +17,14 @@ namespace {
 void max_logits(const Image& img, uintptr_t aud, int64_t m, double tau, uintptr_t logits, uintptr_t argmax,
                 bool bf16_products, int threads) {
     kernels().max_logits({feature_map(img), at<const float>(aud), m, static_cast<float>(1 / tau),
-                          at<float>(logits), at<uint16_t>(argmax), bf16_products, threads, nullptr});
-}
-
-Pool pool_job(const Image& img, uintptr_t aud, double tau, double threshold, uintptr_t maps, uintptr_t mask,
-              uintptr_t avg, uintptr_t foreground, int threads) {
-    return {feature_map(img),
-            at<const float>(aud),
-            static_cast<float>(1 / tau),
-            static_cast<float>(threshold),
-            at<float>(maps),
-            at<uint8_t>(mask),
-            at<float>(avg),
-            at<float>(foreground),
-            threads};
+                          at<float>(logits), at<uint16_t>(argmax), bf16_products, threads});
 }
 
 void pool(const Image& img, uintptr_t aud, double tau, double threshold, uintptr_t maps, uintptr_t mask,
           uintptr_t avg, uintptr_t foreground, int threads) {
-    kernels().pool(pool_job(img, aud, tau, threshold, maps, mask, avg, foreground, threads));
-}
-
-// Both of the above: the sounds of the matched pairs are the first of the m.
-void logits_and_pools(const Image& img, uintptr_t aud, int64_t m, double tau, double threshold,
-                      uintptr_t logits, uintptr_t argmax, uintptr_t maps, uintptr_t mask, uintptr_t avg,
-                      uintptr_t foreground, bool bf16_products, int threads) {
-    const Pool pool = pool_job(img, aud, tau, threshold, maps, mask, avg, foreground, threads);
-    kernels().max_logits({feature_map(img), at<const float>(aud), m, static_cast<float>(1 / tau),
-                          at<float>(logits), at<uint16_t>(argmax), bf16_products, threads, &pool});
+    kernels().pool({feature_map(img), at<const float>(aud), static_cast<float>(1 / tau),
+                    static_cast<float>(threshold), at<float>(maps), at<uint8_t>(mask), at<float>(avg),
+                    at<float>(foreground), threads});
 }
 
 void feature_backward(const Image& img, uintptr_t aud, int64_t m, double tau, uintptr_t grad_logits,
@@ -96,7 +76,6 @@ PYBIND11_MODULE(_C, m) {
         .def_static("release", &KeptMemory::release);
     m.def("max_logits", &max_logits, unlocked);
     m.def("pool", &pool, unlocked);
-    m.def("logits_and_pools", &logits_and_pools, unlocked);
     m.def("feature_backward", &feature_backward, unlocked);
     m.def(
         "adjacency",

@@ -321,23 +321,13 @@ pool_pairs = _define(
 # --- pooled_features ------------------------------------------------------------------------------------------------
 
 
-def _logits_and_pools(
-    primitives: Any, img: Tensor, aud: Tensor, tau: float, threshold: float, pooled: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The logits of all sounds, their argmax, and the pools of the pairs; in one pass where the backend has one."""
-    if hasattr(primitives, "logits_and_pools"):
-        return primitives.logits_and_pools(img, aud, tau, threshold, pooled)
-    matched = aud if len(aud) == len(img) else aud[: len(img)]
-    return *primitives.max_logits(img, aud, tau), *primitives.pool_pairs(img, matched, tau, threshold, pooled)
-
-
 def _pooled_features(
     img: Tensor, aud: Tensor, tau: float, threshold: float, pooled: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    primitives = _primitives(backend)
     img, aud = _dense(img, backend), aud.contiguous()
-    logits, argmax, maps, mask, img_avg, foreground = _logits_and_pools(
-        _primitives(backend), img, aud, tau, threshold, pooled
-    )
+    logits, argmax = primitives.max_logits(img, aud, tau)
+    maps, mask, img_avg, foreground = primitives.pool_pairs(img, aud[: len(img)], tau, threshold, pooled)
     return logits, maps, img_avg, foreground, argmax, mask
 
 
@@ -554,9 +544,9 @@ def _fnac_loss(
 ) -> tuple[Tensor, ...]:
     primitives = _primitives(backend)
     img, aud = _dense(img, backend), aud.contiguous()
-    logits, argmax, maps, mask, img_avg, foreground = _logits_and_pools(
-        primitives, img, aud, tau, threshold, _needs_pooled(weights)
-    )
+    logits, argmax = primitives.max_logits(img, aud, tau)
+    pooled = primitives.pool_pairs(img, aud, tau, threshold, _needs_pooled(weights))
+    maps, mask, img_avg, foreground = pooled
     loss, terms, row_stats, col_lse = primitives.adjacency(
         logits, aud, img_avg, foreground, tau, tuple(weights), adjacency_threshold
     )

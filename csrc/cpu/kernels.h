@@ -7,6 +7,18 @@
 
 namespace fnac {
 
+// logits[n, m] = max_p <img[n, :, p], aud[m]> * scale, argmax the first such cell.
+struct MaxLogits {
+    FeatureMap img;
+    const float* aud;  // (m, c)
+    int64_t m;
+    float scale;
+    float* logits;       // (n, m)
+    uint16_t* argmax;    // (n, m)
+    bool bf16_products;  // bfloat16 products suffice, where they are faster
+    int threads;
+};
+
 // maps[n, p] = <img[n, :, p], aud[n]> * scale, or given (aud == nullptr); then, where mask is not null,
 // mask = minmax(maps) > threshold, avg = mean_p img, foreground = mean_p mask * img. avg may be null.
 struct Pool {
@@ -19,20 +31,6 @@ struct Pool {
     float* avg;  // (n, c)
     float* foreground;
     int threads;
-};
-
-// logits[n, m] = max_p <img[n, :, p], aud[m]> * scale, argmax the first such cell. With `pool`, that is done
-// too, of each image when it is in the caches.
-struct MaxLogits {
-    FeatureMap img;
-    const float* aud;  // (m, c)
-    int64_t m;
-    float scale;
-    float* logits;       // (n, m)
-    uint16_t* argmax;    // (n, m)
-    bool bf16_products;  // bfloat16 products suffice, where they are faster
-    int threads;
-    const Pool* pool;  // of the same features, or null
 };
 
 // The gradient of everything that reads the features; each source may be null. See backends/README.md.

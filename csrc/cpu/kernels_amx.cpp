@@ -6,6 +6,8 @@
 namespace fnac {
 namespace {
 
+// A panel is as large as the tiles of 32 cells, and both are more than L1 holds: cells are read past it, so
+// that the panel, which all cells need, stays.
 class AmxProducts : public BFloat16Values {
   public:
     static void multiply(const uint16_t* cells, const uint16_t* panel, int64_t depth, int64_t rows,
@@ -15,7 +17,7 @@ class AmxProducts : public BFloat16Values {
         tiles::zero<1>();
         if (rows <= kTileRows) {
             for (int64_t k = 0; k < depth; ++k) {
-                tiles::load<4>(cells + k * kTileSize, tiles::kRowBytes);
+                tiles::stream<4>(cells + k * kTileSize, tiles::kRowBytes);
                 tiles::load<6>(panel + k * 2 * kTileSize, tiles::kRowBytes);
                 tiles::load<7>(panel + (k * 2 + 1) * kTileSize, tiles::kRowBytes);
                 tiles::add_product<0, 4, 6>();
@@ -26,11 +28,11 @@ class AmxProducts : public BFloat16Values {
             tiles::zero<3>();
             const uint16_t* below = cells + depth * kTileSize;
             for (int64_t k = 0; k < depth; ++k) {
-                tiles::load<4>(cells + k * kTileSize, tiles::kRowBytes);
+                tiles::stream<4>(cells + k * kTileSize, tiles::kRowBytes);
                 tiles::load<6>(panel + k * 2 * kTileSize, tiles::kRowBytes);
                 tiles::load<7>(panel + (k * 2 + 1) * kTileSize, tiles::kRowBytes);
                 tiles::add_product<0, 4, 6>();
-                tiles::load<5>(below + k * kTileSize, tiles::kRowBytes);
+                tiles::stream<5>(below + k * kTileSize, tiles::kRowBytes);
                 tiles::add_product<1, 4, 7>();
                 tiles::add_product<2, 5, 6>();
                 tiles::add_product<3, 5, 7>();

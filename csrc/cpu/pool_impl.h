@@ -1,6 +1,5 @@
 // Localization maps, foreground masks and pooled features of matched pairs: one image at a time, which stays
-// in L2 between the pass that makes its map and the pass that pools by it, and the one that packs it for the
-// logits.
+// in L2 between the pass that makes its map and the pass that pools by it.
 #pragma once
 
 namespace fnac {
@@ -136,7 +135,7 @@ void sums_channels_last(const T* x, const float* weights, int64_t c, int64_t p, 
 }
 
 template <class V, class T>
-void pool_features(const Pool& job, int64_t n, float* weights) {
+void pool_image(const Pool& job, int64_t n, float* weights) {
     const FeatureMap& img = job.img;
     const T* x = static_cast<const T*>(img.data) + n * img.image_size();
     float* map = job.maps + n * img.p;
@@ -152,28 +151,13 @@ void pool_features(const Pool& job, int64_t n, float* weights) {
               job.avg == nullptr ? nullptr : job.avg + n * img.c, job.foreground + n * img.c);
 }
 
-// Pools images of a job one by one, wherever their turn comes; of none nothing.
-template <class V>
-class Pooling {
-  public:
-    explicit Pooling(const Pool* job)
-        : job_(job), weights_(job == nullptr ? 0 : sizeof(float) * job->threads * job->img.p) {}
-
-    void image(int64_t n, int worker) const {
-        if (job_ == nullptr) return;
-        float* const weights = weights_.as<float>() + worker * job_->img.p;
-        with_dtype(job_->img.dtype, [&]<class T>(T) { pool_features<V, T>(*job_, n, weights); });
-    }
-
-  private:
-    const Pool* job_;
-    Scratch weights_;
-};
-
 template <class V>
 void pool(const Pool& job) {
-    const Pooling<V> pooling(&job);
-    parallel_for(job.threads, job.img.n, [&](int64_t n, int worker) { pooling.image(n, worker); });
+    const Scratch weights(sizeof(float) * job.threads * job.img.p);
+    parallel_for(job.threads, job.img.n, [&](int64_t n, int worker) {
+        with_dtype(job.img.dtype,
+                   [&]<class T>(T) { pool_image<V, T>(job, n, weights.as<float>() + worker * job.img.p); });
+    });
 }
 
 }  // namespace

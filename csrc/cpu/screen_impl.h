@@ -210,14 +210,10 @@ class Worker {
                sizeof(Candidate) * kWidth * (cells + kSpare) + 5 * 64;
     }
 
-    // Packs the cells, once for all panels; `before` is called with each image before it is.
-    template <class Before>
-    void pack(const Cells& cells, Before before) {
+    // Packs the cells, once for all panels.
+    void pack(const Cells& cells) {
         cells_ = cells;
-        for (int64_t i = 0; i < cells.images; ++i) {
-            before(cells.image + i);
-            pack_image(i);
-        }
+        for (int64_t i = 0; i < cells.images; ++i) pack_image(i);
     }
     void panel(int64_t index, int64_t first_panel) {
         bool wanted = false;
@@ -449,7 +445,6 @@ void do_dense(const MaxLogits& job, const uint8_t* dense, void (*exact)(const Ma
         const int64_t size = job.img.dtype == Dtype::kFloat32 ? 4 : 2;
         part.img.data = static_cast<const std::byte*>(job.img.data) + n * job.img.image_size() * size;
         part.img.n = end - n;
-        part.pool = nullptr;  // done
         part.logits += n * job.m;
         part.argmax += n * job.m;
         exact(part);
@@ -473,7 +468,6 @@ void max_logits_screened(const MaxLogits& job, void (*exact)(const MaxLogits&)) 
     const int64_t blocks = ceil_div(sounds.panels(), panels);
     const size_t bytes = (Work::bytes(img, sounds) + 4095) / 4096 * 4096;
     const Scratch memory(bytes * job.threads), dense(img.n);
-    const Pooling<V> pooling(job.pool);
     std::memset(dense.as<void>(), 0, img.n);
 
     parallel_for(job.threads, groups * blocks, [&](int64_t task, int worker) {
@@ -483,9 +477,7 @@ void max_logits_screened(const MaxLogits& job, void (*exact)(const MaxLogits&)) 
         const int64_t last = smaller(first + panels, sounds.panels());
         for (int64_t q = 0; q < pieces; ++q) {
             const int64_t begin = q * img.p / pieces, end = (q + 1) * img.p / pieces;
-            work.pack({image, smaller(group, img.n - image), begin, end - begin}, [&](int64_t n) {
-                if (first == 0 && q == 0) pooling.image(n, worker);
-            });
+            work.pack({image, smaller(group, img.n - image), begin, end - begin});
             for (int64_t i = first; i < last; ++i) work.panel(i, first);
         }
     });

@@ -26,34 +26,18 @@ def _gradient_of(img: Tensor) -> Tensor:
     return memory.as_strided(img.shape, img.stride())
 
 
-def _rounds(img: Tensor, aud: Tensor) -> bool:
-    """Whether products in bfloat16 suffice."""
-    return torch.bfloat16 in (img.dtype, aud.dtype) or torch.get_float32_matmul_precision() == "medium"
-
-
-def _logits_like(img: Tensor, aud: Tensor) -> tuple[Tensor, Tensor]:
-    shape = (img.shape[0], aud.shape[0])
-    return _floats(img, *shape), img.new_empty(*shape, dtype=torch.uint16)
-
-
-def _pools_like(img: Tensor, pooled: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n, c, h, w = img.shape
-    rows = n if pooled else 0
-    maps, mask = _floats(img, n, h, w), img.new_empty(rows, h, w, dtype=torch.bool)
-    return maps, mask, _floats(img, rows, c), _floats(img, rows, c)
-
-
 def max_logits(img: Tensor, aud: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    logits, argmax = _logits_like(img, aud)
+    n, m = len(img), len(aud)
+    logits, argmax = _floats(img, n, m), img.new_empty(n, m, dtype=torch.uint16)
     wide = aud.float()
     _kernels.max_logits(
         _native.image(img),
         wide.data_ptr(),
-        aud.shape[0],
+        m,
         tau,
         logits.data_ptr(),
         argmax.data_ptr(),
-        _rounds(img, aud),
+        torch.bfloat16 in (img.dtype, aud.dtype) or torch.get_float32_matmul_precision() == "medium",
         torch.get_num_threads(),
     )
     return logits, argmax
@@ -62,33 +46,16 @@ def max_logits(img: Tensor, aud: Tensor, tau: float) -> tuple[Tensor, Tensor]:
 def pool_pairs(
     img: Tensor, aud: Tensor, tau: float, threshold: float, pooled: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    pools = _pools_like(img, pooled)
+    n, c, h, w = img.shape
+    rows = n if pooled else 0
+    maps, mask = _floats(img, n, h, w), img.new_empty(rows, h, w, dtype=torch.bool)
+    img_avg, foreground = _floats(img, rows, c), _floats(img, rows, c)
     wide = aud.float()
-    outputs = [x.data_ptr() for x in pools] if pooled else [pools[0].data_ptr(), 0, 0, 0]
-    _kernels.pool(_native.image(img), wide.data_ptr(), tau, threshold, *outputs, torch.get_num_threads())
-    return pools
-
-
-def logits_and_pools(
-    img: Tensor, aud: Tensor, tau: float, threshold: float, pooled: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    logits, argmax = _logits_like(img, aud)
-    pools = _pools_like(img, pooled)
-    wide = aud.float()
-    outputs = [x.data_ptr() for x in pools] if pooled else [pools[0].data_ptr(), 0, 0, 0]
-    _kernels.logits_and_pools(
-        _native.image(img),
-        wide.data_ptr(),
-        aud.shape[0],
-        tau,
-        threshold,
-        logits.data_ptr(),
-        argmax.data_ptr(),
-        *outputs,
-        _rounds(img, aud),
-        torch.get_num_threads(),
+    outputs = (mask.data_ptr(), img_avg.data_ptr(), foreground.data_ptr()) if pooled else (0, 0, 0)
+    _kernels.pool(
+        _native.image(img), wide.data_ptr(), tau, threshold, maps.data_ptr(), *outputs, torch.get_num_threads()
     )
-    return logits, argmax, *pools
+    return maps, mask, img_avg, foreground
 
 
 def foreground_pool(img: Tensor, maps: Tensor, threshold: float) -> tuple[Tensor, Tensor]:

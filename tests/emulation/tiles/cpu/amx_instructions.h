@@ -74,6 +74,11 @@ void load(const void* from, int64_t stride) {
 }
 
 template <int kTile>
+void stream(const void* from, int64_t stride) {
+    load<kTile>(from, stride);
+}
+
+template <int kTile>
 void store(void* to, int64_t stride) {
     const Tile& tile = configured<kTile>();
     for (int64_t i = 0; i < of_thread.all.rows[kTile]; ++i)
