@@ -91,8 +91,11 @@ def _place(row: Row) -> tuple[int, int]:
 
 
 def _title(machine: Mapping[str, Any]) -> str:
-    where = f"{machine['threads']} threads, {machine['instruction_set']}" if machine["kind"] == "cpu" else "one device"
-    return f"{machine['device']} ({where})"
+    if machine["kind"] != "cpu":
+        return f"{machine['device']} (one device)"
+    threads, cores = machine["threads"], machine["cores"]
+    of = f" of {cores} cores" if cores > threads else ""
+    return f"{machine['device']} ({threads} threads{of}, {machine['instruction_set']})"
 
 
 def _facts(runs: Sequence[Run]) -> str:

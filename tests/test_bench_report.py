@@ -13,6 +13,7 @@ RUN = Run(
     machine={
         "device": "a processor",
         "kind": "cpu",
+        "cores": 2,
         "threads": 2,
         "instruction_set": "avx2",
         "versions": {"torch": "2.11.0"},

@@ -17,6 +17,8 @@ template <class V, class T>
 class BackwardSlice {
     using F = typename V::F;
     static constexpr int kVectors = 4;
+    static constexpr int64_t kBytes = sizeof(T);
+    static constexpr bool kStreams = std::is_same_v<T, float>;
 
   public:
     static constexpr int64_t kSlice = kVectors * V::kLanes;  // channels
@@ -27,7 +29,7 @@ class BackwardSlice {
           to_(daud),
           first_(first),
           width_(smaller(kSlice, job.img.c - first)),
-          streams_(static_cast<int64_t>(sizeof(T)) * job.img.n * job.img.image_size() >= kStreamedFrom),
+          streams_(kStreams && kBytes * job.img.n * job.img.image_size() >= kStreamedFrom),
           cells_(job.img.p * kSlice),
           features_(memory),
           grads_(memory + images * cells_),
@@ -201,37 +203,39 @@ class BackwardSlice {
         }
     }
 
-    // Whether `count` floats were written past the caches, so that their memory is not read first.
-    bool stream(const float* from, int64_t count, T* to) const {
-        if constexpr (std::is_same_v<T, float>) {
-            constexpr int64_t line = 64 / sizeof(float);
-            if (!streams_ || reinterpret_cast<uintptr_t>(to) % 64 != 0 || count % line != 0) return false;
-            for (int64_t i = 0; i < count; i += V::kLanes) V::stream(to + i, V::load(from + i));
-            return true;
-        }
-        return false;
+    // Whether `count` elements from `to` on are whole lines of memory, to be written past the caches: these
+    // would read each line first.
+    bool streams(const T* to, int64_t count) const {
+        constexpr int64_t line = 64;
+        return streams_ && reinterpret_cast<uintptr_t>(to) % line == 0 && kBytes * count % line == 0;
+    }
+    static void stream(const float* from, int64_t count, float* to) {
+        for (int64_t i = 0; i < count; i += V::kLanes) V::stream(to + i, V::load(from + i));
     }
 
     // `room`: of the image's features, which are not needed any more.
     void store_gradient(int64_t n, const float* d, float* room) const {
         const FeatureMap& img = job_.img;
-        T* to = static_cast<T*>(job_.dimg) + n * img.image_size();
+        T* to = static_cast<T*>(job_.dimg) + n * img.image_size() + first_ * img.stride_c;
         if (img.stride_p == 1) {
-            to += first_ * img.p;
-            if (streams_ && std::is_same_v<T, float>) {
-                transpose_exact<V>(d, kSlice, img.p, width_, room, img.p);
-                if (stream(room, width_ * img.p, to)) return;
+            if constexpr (kStreams) {
+                if (streams(to, width_ * img.p)) {
+                    transpose_exact<V>(d, kSlice, img.p, width_, room, img.p);
+                    return stream(room, width_ * img.p, to);
+                }
             }
-            transpose_exact<V>(d, kSlice, img.p, width_, to, img.p);
-        } else {
-            for (int64_t p = 0; p < img.p; ++p) {
-                if (width_ == kSlice && stream(d + p * kSlice, kSlice, to + p * img.stride_p + first_))
+            return transpose_exact<V>(d, kSlice, img.p, width_, to, img.p);
+        }
+        for (int64_t p = 0; p < img.p; ++p, to += img.stride_p, d += kSlice) {
+            if constexpr (kStreams) {
+                if (width_ == kSlice && streams(to, kSlice)) {
+                    stream(d, kSlice, to);
                     continue;
-                for (int v = 0; v < kVectors; ++v)
-                    if (v * V::kLanes < width_)
-                        V::store_n(to + p * img.stride_p + first_ + v * V::kLanes,
-                                   V::load(d + p * kSlice + v * V::kLanes), width_ - v * V::kLanes);
+                }
             }
+            for (int v = 0; v < kVectors; ++v)
+                if (v * V::kLanes < width_)
+                    V::store_n(to + v * V::kLanes, V::load(d + v * V::kLanes), width_ - v * V::kLanes);
         }
     }
 
