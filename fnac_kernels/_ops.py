@@ -599,8 +599,8 @@ def _fnac_loss_results(loss: Tensor, terms: Tensor, maps: Tensor, *_: Tensor) ->
 
 def _fnac_loss_results_backward(ctx: Any, grad_loss: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     *of_terms, grad_maps = grads
-    like = next((x for x in of_terms if x is not None), None)
-    grad_terms = None if like is None else torch.stack([torch.zeros_like(like) if x is None else x for x in of_terms])
+    given = [x for x in of_terms if x is not None]
+    grad_terms = torch.stack([torch.zeros_like(given[0]) if x is None else x for x in of_terms]) if given else None
     return _fnac_loss_backward(ctx, grad_loss, grad_terms, grad_maps)
 
 

@@ -5,8 +5,8 @@ embedding ``(M, C)``, both usually L2-normalised over C by the caller (nothing h
 bfloat16 or float16 (float64 runs on the reference). Results are float32 (float64 for float64), gradients have their
 input's dtype. Under autocast the features are rounded to the autocast dtype first, as ``einsum`` would cast them.
 
-``backend``: None chooses by device (CPU tensors: ``cpu``; CUDA tensors: ``triton``, then ``cuda``; ``reference`` where
-none is usable); a name is an order, never falls back, and says why it cannot be followed.
+``backend``: None chooses by device (CPU tensors: ``cpu``; CUDA tensors: ``triton``, then ``cuda``, on Hopper ``cuda``
+first; ``reference`` where none is usable); a name is an order, never falls back, and says why it cannot be followed.
 
 Bad arguments raise ValueError or TypeError that name the argument, before any kernel runs. NaN and inf propagate as
 they do in plain PyTorch. Second derivatives exist on ``backend="reference"`` only.
