@@ -11,14 +11,12 @@ from typing import Any, Literal
 
 Status = Literal["ok", "out of memory", "not run", "differs", "failed"]
 DIRECTORY = Path(__file__).parent / "results"
-#: Ends the name of a case that was measured in a process that keeps freed memory.
-MEMORY_KEPT = ", memory kept"
 
 
 def conditions(keep_memory: bool) -> str:
     """What ends the name of a case that was measured under other conditions than usual."""
     pinned = os.environ.get("FNAC_CPU_ISA", "")
-    return f", {pinned}" * bool(pinned) + MEMORY_KEPT * keep_memory
+    return f", {pinned}" * bool(pinned) + ", memory kept" * keep_memory
 
 
 @dataclass

@@ -18,7 +18,7 @@ import fnac_kernels
 from bench import machine, rivals
 from bench.cases import TAU
 from bench.report import table
-from bench.results import MEMORY_KEPT, Row, Run
+from bench.results import Row, Run, conditions
 from bench.timer import interleave
 from fnac.memory import keep_freed_memory
 from fnac.model import AudioVisualModel
@@ -93,7 +93,7 @@ def main() -> None:
         if name != WITHOUT_LOSS and abs(value - first[rivals.BASELINE]) > tolerance * abs(value):
             raise SystemExit(f"{name} gives a loss of {value}, {rivals.BASELINE} {first[rivals.BASELINE]}: not timed")
     timings = interleave(steps, options.device, rounds=options.rounds, seconds=options.seconds)
-    case = f"b{options.batch}-{options.size // 32}x{options.size // 32}" + MEMORY_KEPT * options.keep_memory
+    case = f"b{options.batch}-{options.size // 32}x{options.size // 32}" + conditions(options.keep_memory)
     rows = [
         Row("training_step", case, "float32", name, "ok", "", t.p20, t.p50, t.p80, t.rounds)
         for name, t in timings.items()

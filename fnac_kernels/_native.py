@@ -140,6 +140,11 @@ def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def addresses(*tensors: Tensor | None) -> list[int]:
+    """:func:`address` of each."""
+    return [0 if x is None else x.data_ptr() for x in tensors]
+
+
 def _there(loaded: ModuleType | None, reason: str | None) -> ModuleType:
     if loaded is None:
         raise RuntimeError(reason)

@@ -66,16 +66,18 @@ struct Avx2 {
         store(part, x);
         std::memcpy(p, part, sizeof(T) * n);
     }
+    // Four rows by four columns in each half of the vectors.
+    static void transpose_parts(const F* rows, F* columns) {
+        const F a = _mm256_unpacklo_ps(rows[0], rows[1]), b = _mm256_unpackhi_ps(rows[0], rows[1]),
+                c = _mm256_unpacklo_ps(rows[2], rows[3]), d = _mm256_unpackhi_ps(rows[2], rows[3]);
+        columns[0] = _mm256_shuffle_ps(a, c, 0x44);
+        columns[1] = _mm256_shuffle_ps(a, c, 0xee);
+        columns[2] = _mm256_shuffle_ps(b, d, 0x44);
+        columns[3] = _mm256_shuffle_ps(b, d, 0xee);
+    }
     static void transpose(F (&x)[8]) {
         F t[8];
-        for (int i = 0; i < 8; i += 4) {
-            const F a = _mm256_unpacklo_ps(x[i], x[i + 1]), b = _mm256_unpackhi_ps(x[i], x[i + 1]),
-                    c = _mm256_unpacklo_ps(x[i + 2], x[i + 3]), d = _mm256_unpackhi_ps(x[i + 2], x[i + 3]);
-            t[i] = _mm256_shuffle_ps(a, c, 0x44);
-            t[i + 1] = _mm256_shuffle_ps(a, c, 0xee);
-            t[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
-            t[i + 3] = _mm256_shuffle_ps(b, d, 0xee);
-        }
+        for (int i = 0; i < 8; i += 4) transpose_parts(x + i, t + i);
         for (int j = 0; j < 4; ++j) {
             x[j] = _mm256_permute2f128_ps(t[j], t[4 + j], 0x20);
             x[4 + j] = _mm256_permute2f128_ps(t[j], t[4 + j], 0x31);
@@ -88,12 +90,7 @@ struct Avx2 {
             for (int i = 0; i < 4; ++i)
                 rows[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from + i * stride + j)),
                                                _mm_loadu_ps(from + (4 + i) * stride + j), 1);
-            const F a = _mm256_unpacklo_ps(rows[0], rows[1]), b = _mm256_unpackhi_ps(rows[0], rows[1]),
-                    c = _mm256_unpacklo_ps(rows[2], rows[3]), d = _mm256_unpackhi_ps(rows[2], rows[3]);
-            x[j] = _mm256_shuffle_ps(a, c, 0x44);
-            x[j + 1] = _mm256_shuffle_ps(a, c, 0xee);
-            x[j + 2] = _mm256_shuffle_ps(b, d, 0x44);
-            x[j + 3] = _mm256_shuffle_ps(b, d, 0xee);
+            transpose_parts(rows, x + j);
         }
     }
     static F set(float x) { return _mm256_set1_ps(x); }

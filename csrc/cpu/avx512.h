@@ -45,21 +45,20 @@ struct Avx512 {
                                  _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
     static __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1); }
+    // Four rows by four columns in each quarter of the vectors, in place if need be.
+    static void transpose_parts(const F* rows, F* columns) {
+        const F a = _mm512_unpacklo_ps(rows[0], rows[1]), b = _mm512_unpackhi_ps(rows[0], rows[1]),
+                c = _mm512_unpacklo_ps(rows[2], rows[3]), d = _mm512_unpackhi_ps(rows[2], rows[3]);
+        columns[0] = unpack_low(a, c);
+        columns[1] = unpack_high(a, c);
+        columns[2] = unpack_low(b, d);
+        columns[3] = unpack_high(b, d);
+    }
     static void transpose(F (&x)[16]) {
         F t[16];
-#pragma GCC unroll 8
-        for (int i = 0; i < 16; i += 2) {
-            t[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
-            t[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
-        }
         // Then x[4g + j] holds column 4L + j of rows 4g .. 4g + 3 in its quarter L.
 #pragma GCC unroll 4
-        for (int i = 0; i < 16; i += 4) {
-            x[i] = unpack_low(t[i], t[i + 2]);
-            x[i + 1] = unpack_high(t[i], t[i + 2]);
-            x[i + 2] = unpack_low(t[i + 1], t[i + 3]);
-            x[i + 3] = unpack_high(t[i + 1], t[i + 3]);
-        }
+        for (int i = 0; i < 16; i += 4) transpose_parts(x + i, x + i);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
             const F even = _mm512_shuffle_f32x4(x[j], x[4 + j], 0x88),
@@ -88,12 +87,7 @@ struct Avx512 {
                 rows[i] = _mm512_insertf32x4(rows[i], quarter(8 + i), 2);
                 rows[i] = _mm512_insertf32x4(rows[i], quarter(12 + i), 3);
             }
-            const F a = _mm512_unpacklo_ps(rows[0], rows[1]), b = _mm512_unpackhi_ps(rows[0], rows[1]),
-                    c = _mm512_unpacklo_ps(rows[2], rows[3]), d = _mm512_unpackhi_ps(rows[2], rows[3]);
-            x[j] = unpack_low(a, c);
-            x[j + 1] = unpack_high(a, c);
-            x[j + 2] = unpack_low(b, d);
-            x[j + 3] = unpack_high(b, d);
+            transpose_parts(rows, x + j);
         }
     }
     static F unpack_low(F a, F b) {

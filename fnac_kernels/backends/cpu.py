@@ -88,14 +88,7 @@ def feature_backward(
         _native.address(wide),
         0 if wide is None else wide.shape[0],
         tau,
-        _native.address(grad_logits),
-        _native.address(argmax),
-        _native.address(grad_maps),
-        _native.address(mask),
-        _native.address(grad_avg),
-        _native.address(grad_foreground),
-        _native.address(dimg),
-        _native.address(daud),
+        *_native.addresses(grad_logits, argmax, grad_maps, mask, grad_avg, grad_foreground, dimg, daud),
         torch.get_num_threads(),
     )
     if daud is not None and aud is not None and aud.dtype != torch.float32:

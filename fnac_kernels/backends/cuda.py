@@ -93,14 +93,7 @@ def feature_backward(
         0 if aud is None else aud.shape[0],
         tau,
         _precision(),
-        _native.address(grad_logits),
-        _native.address(argmax),
-        _native.address(grad_maps),
-        _native.address(mask),
-        _native.address(grad_avg),
-        _native.address(grad_foreground),
-        _native.address(dimg),
-        _native.address(daud),
+        *_native.addresses(grad_logits, argmax, grad_maps, mask, grad_avg, grad_foreground, dimg, daud),
         *_place(img),
     )
     return dimg, daud
