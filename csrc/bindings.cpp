@@ -14,17 +14,22 @@ namespace py = pybind11;
 namespace fnac {
 namespace {
 
-void max_logits(const Image& img, uintptr_t aud, int64_t m, double tau, uintptr_t logits, uintptr_t argmax,
+template <size_t n>
+using Addresses = std::array<uintptr_t, n>;  // of tensors
+
+// outputs: logits, argmax
+void max_logits(const Image& img, uintptr_t aud, int64_t m, double tau, const Addresses<2>& outputs,
                 bool bf16_products, int threads) {
     kernels().max_logits({feature_map(img), at<const float>(aud), m, static_cast<float>(1 / tau),
-                          at<float>(logits), at<uint16_t>(argmax), bf16_products, threads});
+                          at<float>(outputs[0]), at<uint16_t>(outputs[1]), bf16_products, threads});
 }
 
-void pool(const Image& img, uintptr_t aud, double tau, double threshold, uintptr_t maps, uintptr_t mask,
-          uintptr_t avg, uintptr_t foreground, int threads) {
+// outputs: maps, mask, mean, foreground
+void pool(const Image& img, uintptr_t aud, double tau, double threshold, const Addresses<4>& outputs,
+          int threads) {
     kernels().pool({feature_map(img), at<const float>(aud), static_cast<float>(1 / tau),
-                    static_cast<float>(threshold), at<float>(maps), at<uint8_t>(mask), at<float>(avg),
-                    at<float>(foreground), threads});
+                    static_cast<float>(threshold), at<float>(outputs[0]), at<uint8_t>(outputs[1]),
+                    at<float>(outputs[2]), at<float>(outputs[3]), threads});
 }
 
 void feature_backward(const Image& img, uintptr_t aud, int64_t m, double tau, uintptr_t grad_logits,
@@ -37,7 +42,8 @@ void feature_backward(const Image& img, uintptr_t aud, int64_t m, double tau, ui
                                 at<float>(daud), threads});
 }
 
-Adjacency adjacency_job(const std::array<uintptr_t, 4>& inputs, int64_t n, int64_t c, double tau,
+// inputs: logits, aud, mean, foreground
+Adjacency adjacency_job(const Addresses<4>& inputs, int64_t n, int64_t c, double tau,
                         const std::array<double, 4>& weights, std::optional<double> threshold,
                         uintptr_t row_stats, uintptr_t col_lse, int threads) {
     Adjacency job{};
@@ -55,6 +61,41 @@ Adjacency adjacency_job(const std::array<uintptr_t, 4>& inputs, int64_t n, int64
     job.col_lse = at<float>(col_lse);
     job.threads = threads;
     return job;
+}
+
+// outputs: loss, terms, row_stats, col_lse
+void adjacency(const Addresses<4>& inputs, int64_t n, int64_t c, double tau,
+               const std::array<double, 4>& weights, std::optional<double> threshold,
+               const Addresses<4>& outputs, int threads) {
+    Adjacency job = adjacency_job(inputs, n, c, tau, weights, threshold, outputs[2], outputs[3], threads);
+    job.loss = at<float>(outputs[0]);
+    job.terms = at<float>(outputs[1]);
+    kernels().adjacency(job);
+}
+
+// grads: of the inputs
+void adjacency_backward(const Addresses<4>& inputs, int64_t n, int64_t c, double tau,
+                        const std::array<double, 4>& weights, std::optional<double> threshold,
+                        uintptr_t row_stats, uintptr_t col_lse, uintptr_t grad_loss, uintptr_t grad_terms,
+                        const Addresses<4>& grads, int threads) {
+    Adjacency job = adjacency_job(inputs, n, c, tau, weights, threshold, row_stats, col_lse, threads);
+    job.grad_loss = at<const float>(grad_loss);
+    job.grad_terms = at<const float>(grad_terms);
+    job.dlogits = at<float>(grads[0]);
+    job.daud = at<float>(grads[1]);
+    job.davg = at<float>(grads[2]);
+    job.dforeground = at<float>(grads[3]);
+    kernels().adjacency_backward(job);
+}
+
+void loss(const Image& img, uintptr_t aud, double tau, double threshold, const std::array<double, 4>& weights,
+          std::optional<double> adjacency_threshold, const Addresses<2>& logits, const Addresses<4>& pools,
+          const Addresses<4>& terms, bool bf16_products, int threads) {
+    const FeatureMap map = feature_map(img);
+    max_logits(img, aud, map.n, tau, logits, bf16_products, threads);
+    pool(img, aud, tau, threshold, pools, threads);
+    adjacency({logits[0], aud, pools[2], pools[3]}, map.n, map.c, tau, weights, adjacency_threshold, terms,
+              threads);
 }
 
 }  // namespace
@@ -77,33 +118,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("max_logits", &max_logits, unlocked);
     m.def("pool", &pool, unlocked);
     m.def("feature_backward", &feature_backward, unlocked);
-    m.def(
-        "adjacency",
-        [](const std::array<uintptr_t, 4>& inputs, int64_t n, int64_t c, double tau,
-           const std::array<double, 4>& weights, std::optional<double> threshold, uintptr_t row_stats,
-           uintptr_t col_lse, uintptr_t loss, uintptr_t terms, int threads) {
-            Adjacency job = adjacency_job(inputs, n, c, tau, weights, threshold, row_stats, col_lse, threads);
-            job.loss = at<float>(loss);
-            job.terms = at<float>(terms);
-            kernels().adjacency(job);
-        },
-        unlocked);
-    m.def(
-        "adjacency_backward",
-        [](const std::array<uintptr_t, 4>& inputs, int64_t n, int64_t c, double tau,
-           const std::array<double, 4>& weights, std::optional<double> threshold, uintptr_t row_stats,
-           uintptr_t col_lse, uintptr_t grad_loss, uintptr_t grad_terms,
-           const std::array<uintptr_t, 4>& grads, int threads) {
-            Adjacency job = adjacency_job(inputs, n, c, tau, weights, threshold, row_stats, col_lse, threads);
-            job.grad_loss = at<const float>(grad_loss);
-            job.grad_terms = at<const float>(grad_terms);
-            job.dlogits = at<float>(grads[0]);
-            job.daud = at<float>(grads[1]);
-            job.davg = at<float>(grads[2]);
-            job.dforeground = at<float>(grads[3]);
-            kernels().adjacency_backward(job);
-        },
-        unlocked);
+    m.def("adjacency", &adjacency, unlocked);
+    m.def("adjacency_backward", &adjacency_backward, unlocked);
+    m.def("loss", &loss, unlocked);
 #ifdef FNAC_CUDA_LEFT_OUT
     m.attr("cuda_left_out") = FNAC_CUDA_LEFT_OUT;
 #else

@@ -543,12 +543,13 @@ def _fnac_loss(
     backend: str,
 ) -> tuple[Tensor, ...]:
     primitives = _primitives(backend)
-    img, aud = _dense(img, backend), aud.contiguous()
+    img, aud, pooled, weights = _dense(img, backend), aud.contiguous(), _needs_pooled(weights), tuple(weights)
+    if hasattr(primitives, "loss"):
+        return primitives.loss(img, aud, tau, threshold, pooled, weights, adjacency_threshold)
     logits, argmax = primitives.max_logits(img, aud, tau)
-    pooled = primitives.pool_pairs(img, aud, tau, threshold, _needs_pooled(weights))
-    maps, mask, img_avg, foreground = pooled
+    maps, mask, img_avg, foreground = primitives.pool_pairs(img, aud, tau, threshold, pooled)
     loss, terms, row_stats, col_lse = primitives.adjacency(
-        logits, aud, img_avg, foreground, tau, tuple(weights), adjacency_threshold
+        logits, aud, img_avg, foreground, tau, weights, adjacency_threshold
     )
     return loss, terms, maps, logits, argmax, mask, img_avg, foreground, row_stats, col_lse
 

@@ -26,43 +26,57 @@ def _gradient_of(img: Tensor) -> Tensor:
     return memory.as_strided(img.shape, img.stride())
 
 
-def max_logits(img: Tensor, aud: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+def _bfloat16_products(img: Tensor, aud: Tensor) -> bool:
+    return torch.bfloat16 in (img.dtype, aud.dtype) or torch.get_float32_matmul_precision() == "medium"
+
+
+def _empty_logits(img: Tensor, aud: Tensor) -> tuple[Tensor, Tensor]:
     n, m = len(img), len(aud)
-    logits, argmax = _floats(img, n, m), img.new_empty(n, m, dtype=torch.uint16)
-    wide = aud.float()
+    return _floats(img, n, m), img.new_empty(n, m, dtype=torch.uint16)
+
+
+def _empty_pools(img: Tensor, pooled: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, c, h, w = img.shape
+    rows = n if pooled else 0
+    maps, mask = _floats(img, n, h, w), img.new_empty(rows, h, w, dtype=torch.bool)
+    return maps, mask, _floats(img, rows, c), _floats(img, rows, c)
+
+
+def _empty_terms(aud: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n = len(aud)
+    loss, terms = aud.new_empty((), dtype=torch.float32), _floats(aud, 4)
+    return loss, terms, _floats(aud, n, _ROW_STATS), _floats(aud, n)
+
+
+def max_logits(img: Tensor, aud: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    outputs, wide = _empty_logits(img, aud), aud.float()
     _kernels.max_logits(
         _native.image(img),
         wide.data_ptr(),
-        m,
+        len(aud),
         tau,
-        logits.data_ptr(),
-        argmax.data_ptr(),
-        torch.bfloat16 in (img.dtype, aud.dtype) or torch.get_float32_matmul_precision() == "medium",
+        _native.addresses(*outputs),
+        _bfloat16_products(img, aud),
         torch.get_num_threads(),
     )
-    return logits, argmax
+    return outputs
 
 
 def pool_pairs(
     img: Tensor, aud: Tensor, tau: float, threshold: float, pooled: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n, c, h, w = img.shape
-    rows = n if pooled else 0
-    maps, mask = _floats(img, n, h, w), img.new_empty(rows, h, w, dtype=torch.bool)
-    img_avg, foreground = _floats(img, rows, c), _floats(img, rows, c)
-    wide = aud.float()
-    outputs = (mask.data_ptr(), img_avg.data_ptr(), foreground.data_ptr()) if pooled else (0, 0, 0)
+    outputs, wide = _empty_pools(img, pooled), aud.float()
     _kernels.pool(
-        _native.image(img), wide.data_ptr(), tau, threshold, maps.data_ptr(), *outputs, torch.get_num_threads()
+        _native.image(img), wide.data_ptr(), tau, threshold, _native.addresses(*outputs), torch.get_num_threads()
     )
-    return maps, mask, img_avg, foreground
+    return outputs
 
 
 def foreground_pool(img: Tensor, maps: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     n, c, h, w = img.shape
     foreground, mask = _floats(img, n, c), img.new_empty(n, h, w, dtype=torch.bool)
-    addresses = (maps.data_ptr(), mask.data_ptr(), 0, foreground.data_ptr())
-    _kernels.pool(_native.image(img), 0, 1.0, threshold, *addresses, torch.get_num_threads())
+    outputs = _native.addresses(maps, mask, None, foreground)
+    _kernels.pool(_native.image(img), 0, 1.0, threshold, outputs, torch.get_num_threads())
     return foreground, mask
 
 
@@ -106,23 +120,18 @@ def adjacency(
     adjacency_threshold: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, c = aud.shape
-    inputs = (logits, aud.float(), img_avg, foreground)
-    loss, terms = aud.new_empty((), dtype=torch.float32), _floats(aud, 4)
-    row_stats, col_lse = _floats(aud, n, _ROW_STATS), _floats(aud, n)
+    outputs, wide = _empty_terms(aud), aud.float()
     _kernels.adjacency(
-        [x.data_ptr() for x in inputs],
+        _native.addresses(logits, wide, img_avg, foreground),
         n,
         c,
         tau,
         weights,
         adjacency_threshold,
-        row_stats.data_ptr(),
-        col_lse.data_ptr(),
-        loss.data_ptr(),
-        terms.data_ptr(),
+        _native.addresses(*outputs),
         torch.get_num_threads(),
     )
-    return loss, terms, row_stats, col_lse
+    return outputs
 
 
 def adjacency_backward(
@@ -144,17 +153,44 @@ def adjacency_backward(
     written = (True, weights[1] or weights[2], weights[3], weights[2])
     grads = [torch.empty_like(x) if w else torch.zeros_like(x) for x, w in zip(inputs, written, strict=True)]
     _kernels.adjacency_backward(
-        [x.data_ptr() for x in inputs],
+        _native.addresses(*inputs),
         n,
         c,
         tau,
         weights,
         adjacency_threshold,
-        row_stats.data_ptr(),
-        col_lse.data_ptr(),
-        _native.address(grad_loss),
-        _native.address(grad_terms),
-        [x.data_ptr() for x in grads],
+        *_native.addresses(row_stats, col_lse, grad_loss, grad_terms),
+        _native.addresses(*grads),
         torch.get_num_threads(),
     )
     return tuple(grads)  # type: ignore[return-value]
+
+
+def loss(
+    img: Tensor,
+    aud: Tensor,
+    tau: float,
+    threshold: float,
+    pooled: bool,
+    weights: tuple[float, ...],
+    adjacency_threshold: float | None,
+) -> tuple[Tensor, ...]:
+    """``max_logits``, ``pool_pairs`` and ``adjacency`` in one call: Python between kernels starts from cold caches."""
+    logits, argmax = _empty_logits(img, aud)
+    maps, mask, img_avg, foreground = _empty_pools(img, pooled)
+    value, terms, row_stats, col_lse = _empty_terms(aud)
+    wide = aud.float()
+    _kernels.loss(
+        _native.image(img),
+        wide.data_ptr(),
+        tau,
+        threshold,
+        weights,
+        adjacency_threshold,
+        _native.addresses(logits, argmax),
+        _native.addresses(maps, mask, img_avg, foreground),
+        _native.addresses(value, terms, row_stats, col_lse),
+        _bfloat16_products(img, aud),
+        torch.get_num_threads(),
+    )
+    return value, terms, maps, logits, argmax, mask, img_avg, foreground, row_stats, col_lse
