@@ -34,12 +34,13 @@ void pool(const Image& img, uintptr_t aud, double tau, double threshold, const A
 
 void feature_backward(const Image& img, uintptr_t aud, int64_t m, double tau, uintptr_t grad_logits,
                       uintptr_t argmax, uintptr_t grad_maps, uintptr_t mask, uintptr_t grad_avg,
-                      uintptr_t grad_foreground, uintptr_t dimg, uintptr_t daud, int threads) {
+                      uintptr_t grad_foreground, uintptr_t grad_aud, uintptr_t dimg, uintptr_t daud,
+                      int threads) {
     kernels().feature_backward({feature_map(img), at<const float>(aud), m, static_cast<float>(1 / tau),
                                 at<const float>(grad_logits), at<const uint16_t>(argmax),
                                 at<const float>(grad_maps), at<const uint8_t>(mask),
-                                at<const float>(grad_avg), at<const float>(grad_foreground), at<void>(dimg),
-                                at<float>(daud), threads});
+                                at<const float>(grad_avg), at<const float>(grad_foreground),
+                                at<const float>(grad_aud), at<void>(dimg), at<float>(daud), threads});
 }
 
 // inputs: logits, aud, mean, foreground

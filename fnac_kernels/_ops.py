@@ -175,6 +175,7 @@ def _feature_backward(
     need_img: bool,
     need_aud: bool,
     backend: str,
+    grad_aud: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     def dense(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.contiguous()
@@ -190,6 +191,7 @@ def _feature_backward(
         mask=mask,
         grad_avg=dense(grad_avg),
         grad_foreground=dense(grad_foreground),
+        grad_aud=grad_aud,
         need_img=need_img,
         need_aud=need_aud and aud is not None,
     )
@@ -641,7 +643,7 @@ def _fnac_loss_backward_op(
             adjacency_threshold,
         )
     pooled = dforeground is not None and _needs_pooled(weights)
-    dimg, daud = _feature_backward(
+    return _feature_backward(
         img,
         aud,
         tau,
@@ -654,10 +656,8 @@ def _fnac_loss_backward_op(
         need_img,
         need_aud,
         backend,
+        daud_adjacency,
     )
-    if need_aud and daud_adjacency is not None:
-        daud += daud_adjacency
-    return dimg, daud
 
 
 def _fnac_loss_backward_fake(grad_loss, grad_terms, grad_maps, img, aud, *args):

@@ -63,12 +63,15 @@ class BackwardSlice {
         }
     }
 
+    // A share of a part of the images is not the place for what comes from elsewhere.
     void store_audio() const {
+        const float* more = to_ == job_.daud ? job_.grad_aud : nullptr;
         for (int64_t m = 0; m < job_.m; ++m)
             for (int v = 0; v < kVectors; ++v)
                 if (v * V::kLanes < width_)
                     V::store_n(to_ + m * job_.img.c + first_ + v * V::kLanes,
-                               V::mul(V::load(daud_ + m * kSlice + v * V::kLanes), V::set(job_.scale)),
+                               V::fma(V::load(daud_ + m * kSlice + v * V::kLanes), V::set(job_.scale),
+                                      part(more == nullptr ? nullptr : more + m * job_.img.c, v)),
                                width_ - v * V::kLanes);
     }
 
@@ -272,7 +275,7 @@ void feature_backward(const FeatureBackward& job) {
     if (!shared) return;
     parallel_for(job.threads, job.m, [&](int64_t m, int) {
         for (int64_t c = m * img.c; c < (m + 1) * img.c; ++c) {
-            float sum = 0;
+            float sum = job.grad_aud == nullptr ? 0.f : job.grad_aud[c];
             for (int64_t part = 0; part < parts; ++part) sum += shares.as<float>()[part * audio_size + c];
             job.daud[c] = sum;
         }

@@ -45,8 +45,9 @@ struct FeatureBackward {
     const uint8_t* mask;     // (n, p)
     const float* grad_avg;   // (n, c)
     const float* grad_foreground;
-    void* dimg;   // as img, or null
-    float* daud;  // (m, c), or null
+    const float* grad_aud;  // (m, c), added to daud
+    void* dimg;             // as img, or null
+    float* daud;            // (m, c), or null
     int threads;
 };
 

@@ -69,17 +69,18 @@ void audio_gradient_one_cell(const FeatureBackward& job) {
     const T* images = static_cast<const T*>(job.img.data);
     const Scratch cells(panel_bytes<V>(c, k));
     pack_panels<V>(images, 1, c, c, k, job.threads, cells.as<float>());
-    dense_product<V>(job.grad_logits, 1, job.m, job.m, k, cells, c, job.threads,
-                     [&](int64_t m, const float* row) {
-                         const F map = V::set(job.grad_maps == nullptr ? 0.f : job.grad_maps[m]),
-                                 scale = V::set(job.scale);
-                         for (int64_t i = 0; i < c; i += V::kLanes) {
-                             F g = V::load(row + i);
-                             if (job.grad_maps != nullptr)
-                                 g = V::fma(map, V::load_n(images + m * c + i, c - i), g);
-                             V::store_n(job.daud + m * c + i, V::mul(scale, g), c - i);
-                         }
-                     });
+    dense_product<V>(
+        job.grad_logits, 1, job.m, job.m, k, cells, c, job.threads, [&](int64_t m, const float* row) {
+            const F map = V::set(job.grad_maps == nullptr ? 0.f : job.grad_maps[m]),
+                    scale = V::set(job.scale);
+            for (int64_t i = 0; i < c; i += V::kLanes) {
+                F g = V::load(row + i);
+                if (job.grad_maps != nullptr) g = V::fma(map, V::load_n(images + m * c + i, c - i), g);
+                const F more =
+                    job.grad_aud == nullptr ? V::set(0.f) : V::load_n(job.grad_aud + m * c + i, c - i);
+                V::store_n(job.daud + m * c + i, V::fma(scale, g, more), c - i);
+            }
+        });
 }
 
 template <class V>

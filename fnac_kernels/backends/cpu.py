@@ -91,6 +91,7 @@ def feature_backward(
     mask: Tensor | None,
     grad_avg: Tensor | None,
     grad_foreground: Tensor | None,
+    grad_aud: Tensor | None,
     need_img: bool,
     need_aud: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -102,7 +103,7 @@ def feature_backward(
         _native.address(wide),
         0 if wide is None else wide.shape[0],
         tau,
-        *_native.addresses(grad_logits, argmax, grad_maps, mask, grad_avg, grad_foreground, dimg, daud),
+        *_native.addresses(grad_logits, argmax, grad_maps, mask, grad_avg, grad_foreground, grad_aud, dimg, daud),
         torch.get_num_threads(),
     )
     if daud is not None and aud is not None and aud.dtype != torch.float32:

@@ -82,6 +82,7 @@ def feature_backward(
     mask: Tensor | None,
     grad_avg: Tensor | None,
     grad_foreground: Tensor | None,
+    grad_aud: Tensor | None,
     need_img: bool,
     need_aud: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -96,6 +97,8 @@ def feature_backward(
         *_native.addresses(grad_logits, argmax, grad_maps, mask, grad_avg, grad_foreground, dimg, daud),
         *_place(img),
     )
+    if daud is not None and grad_aud is not None:
+        daud += grad_aud
     return dimg, daud
 
 

@@ -20,6 +20,7 @@ def feature_backward(
     mask: Tensor | None,
     grad_avg: Tensor | None,
     grad_foreground: Tensor | None,
+    grad_aud: Tensor | None,
     need_img: bool,
     need_aud: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -27,6 +28,8 @@ def feature_backward(
     with on(img):
         if need_aud and aud is not None:
             daud = audio_gradient(img, aud, tau, grad_logits, argmax, grad_maps)
+            if grad_aud is not None:
+                daud += grad_aud
         if need_img:
             dimg = image_gradient(
                 img, aud, tau, grad_logits, argmax, grad_maps, mask, grad_avg, grad_foreground
