@@ -46,7 +46,7 @@ void feature_backward(const Image& img, uintptr_t aud, int64_t m, double tau, ui
 // inputs: logits, aud, mean, foreground
 Adjacency adjacency_job(const Addresses<4>& inputs, int64_t n, int64_t c, double tau,
                         const std::array<double, 4>& weights, std::optional<double> threshold,
-                        uintptr_t row_stats, uintptr_t col_lse, int threads) {
+                        uintptr_t row_stats, int64_t stats_columns, uintptr_t col_lse, int threads) {
     Adjacency job{};
     job.logits = at<const float>(inputs[0]);
     job.aud = at<const float>(inputs[1]);
@@ -59,6 +59,8 @@ Adjacency adjacency_job(const Addresses<4>& inputs, int64_t n, int64_t c, double
     job.masked = threshold.has_value();
     job.threshold = static_cast<float>(threshold.value_or(0));
     job.row_stats = at<float>(row_stats);
+    job.kept = job.row_stats + n * kRowStats;
+    job.kept_size = n * (stats_columns - kRowStats);
     job.col_lse = at<float>(col_lse);
     job.threads = threads;
     return job;
@@ -67,8 +69,9 @@ Adjacency adjacency_job(const Addresses<4>& inputs, int64_t n, int64_t c, double
 // outputs: loss, terms, row_stats, col_lse
 void adjacency(const Addresses<4>& inputs, int64_t n, int64_t c, double tau,
                const std::array<double, 4>& weights, std::optional<double> threshold,
-               const Addresses<4>& outputs, int threads) {
-    Adjacency job = adjacency_job(inputs, n, c, tau, weights, threshold, outputs[2], outputs[3], threads);
+               const Addresses<4>& outputs, int64_t stats_columns, int threads) {
+    Adjacency job =
+        adjacency_job(inputs, n, c, tau, weights, threshold, outputs[2], stats_columns, outputs[3], threads);
     job.loss = at<float>(outputs[0]);
     job.terms = at<float>(outputs[1]);
     kernels().adjacency(job);
@@ -77,9 +80,10 @@ void adjacency(const Addresses<4>& inputs, int64_t n, int64_t c, double tau,
 // grads: of the inputs
 void adjacency_backward(const Addresses<4>& inputs, int64_t n, int64_t c, double tau,
                         const std::array<double, 4>& weights, std::optional<double> threshold,
-                        uintptr_t row_stats, uintptr_t col_lse, uintptr_t grad_loss, uintptr_t grad_terms,
-                        const Addresses<4>& grads, int threads) {
-    Adjacency job = adjacency_job(inputs, n, c, tau, weights, threshold, row_stats, col_lse, threads);
+                        uintptr_t row_stats, int64_t stats_columns, uintptr_t col_lse, uintptr_t grad_loss,
+                        uintptr_t grad_terms, const Addresses<4>& grads, int threads) {
+    Adjacency job =
+        adjacency_job(inputs, n, c, tau, weights, threshold, row_stats, stats_columns, col_lse, threads);
     job.grad_loss = at<const float>(grad_loss);
     job.grad_terms = at<const float>(grad_terms);
     job.dlogits = at<float>(grads[0]);
@@ -91,12 +95,12 @@ void adjacency_backward(const Addresses<4>& inputs, int64_t n, int64_t c, double
 
 void loss(const Image& img, uintptr_t aud, double tau, double threshold, const std::array<double, 4>& weights,
           std::optional<double> adjacency_threshold, const Addresses<2>& logits, const Addresses<4>& pools,
-          const Addresses<4>& terms, bool bf16_products, int threads) {
+          const Addresses<4>& terms, int64_t stats_columns, bool bf16_products, int threads) {
     const FeatureMap map = feature_map(img);
     max_logits(img, aud, map.n, tau, logits, bf16_products, threads);
     pool(img, aud, tau, threshold, pools, threads);
     adjacency({logits[0], aud, pools[2], pools[3]}, map.n, map.c, tau, weights, adjacency_threshold, terms,
-              threads);
+              stats_columns, threads);
 }
 
 }  // namespace

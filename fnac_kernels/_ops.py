@@ -18,7 +18,7 @@ from torch.overrides import has_torch_function
 
 from fnac_kernels import _dispatch
 
-#: Columns of ``row_stats``: room for what any backend's backward needs of a row.
+#: Columns of ``row_stats``, of backends that have no ``row_stats_columns``.
 ROW_STATS = 16
 
 _lib = torch.library.Library("fnac_kernels", "DEF")
@@ -455,7 +455,8 @@ def _adjacency_fake(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n = logits.shape[0]
-    return _float(logits), _float(logits, 4), _float(logits, n, ROW_STATS), _float(logits, n)
+    columns = getattr(_primitives(backend), "row_stats_columns", lambda _: ROW_STATS)(n)
+    return _float(logits), _float(logits, 4), _float(logits, n, columns), _float(logits, n)
 
 
 def _adjacency_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+
 import pytest
 import torch
 
 from fnac_kernels import _dispatch
+
+# What another version of the operators compiled must not be found: the compiler's cache does not know their fakes.
+_COMPILED = tempfile.TemporaryDirectory(prefix="inductor")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _COMPILED.name
 
 
 @pytest.fixture(autouse=True)

@@ -47,7 +47,11 @@ def test_every_instruction_set_passes_the_table(isa):
     if isa == fk.info()["cpu"]["instruction_set"]:
         pytest.skip("this one is what test_backends.py runs on")
     table = Path(__file__).with_name("test_backends.py")
-    own = (test_a_batch_of_many_panels_is_as_good_as_torch, test_a_gradient_past_the_caches_is_the_same_as_through_them)
+    own = (
+        test_a_batch_of_many_panels_is_as_good_as_torch,
+        test_a_gradient_past_the_caches_is_the_same_as_through_them,
+        test_what_the_forward_pass_keeps_is_what_the_backward_pass_would_compute,
+    )
     large = [f"{__file__}::{test.__name__}" for test in own]
     done = run_pinned(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(table), *large, "-k", "cpu")
     assert done.returncode == 0, done.stdout[-3000:]
@@ -90,6 +94,31 @@ def test_a_gradient_past_the_caches_is_the_same_as_through_them(n, c, side, layo
     assert img.numel() * 4 > 16 << 20
     halves = torch.cat([gradient(slice(0, n // 3)), gradient(slice(n // 3, n))])
     assert torch.equal(gradient(slice(0, n)), halves)
+
+
+@pytest.mark.parametrize("weights", [(1, 100, 100, 100), (1, 0, 100, 0), (1, 0, 0, 100), (1, 0, 0, 0)], ids=str)
+@pytest.mark.parametrize("n", [2, 32, 311])
+def test_what_the_forward_pass_keeps_is_what_the_backward_pass_would_compute(n, weights, monkeypatch):
+    img, aud = (x.requires_grad_() for x in features(n, 24, 2))
+    backend = _dispatch.BACKENDS["cpu"].load()
+    threads = torch.get_num_threads()
+
+    def gradients(times: int, backward_threads: int = threads) -> list[Tensor]:
+        loss = fk.fnac_loss(img, aud, 0.1, weights=weights, backend="cpu").loss
+        torch.set_num_threads(backward_threads)
+        try:
+            for _ in range(times):
+                found = torch.autograd.grad(loss, (img, aud), retain_graph=True)
+        finally:
+            torch.set_num_threads(threads)
+        return list(found)
+
+    once, twice, by_others = gradients(1), gradients(2), gradients(1, 2 * threads + 1)
+    monkeypatch.setattr(backend, "row_stats_columns", lambda n: 16)
+    anew = gradients(1)
+    for got in (twice, anew):
+        assert all(map(torch.equal, got, once))
+    torch.testing.assert_close(by_others, anew)
 
 
 @pytest.mark.parametrize("isa", ISAS)

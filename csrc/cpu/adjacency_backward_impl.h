@@ -38,11 +38,10 @@ class ColumnStats {
     Scratch memory_;
 };
 
-// A row of a tile: of A, F and I, in place, of L and its transposed, and the gradients of these two.
+// A row of a tile: of A, F and I, of L and its transposed, and of their gradients.
 struct TileRow {
-    float *a, *f, *i;
-    const float *l, *lt;
-    float *dl, *dlt;
+    const float *a, *f, *i, *l, *lt;
+    float *da, *df, *di, *dl, *dlt;
 };
 
 template <class V>
@@ -91,12 +90,12 @@ class AdjacencyGradient {
                 const F s = V::sign(V::sub(pa, pf)), st = V::sign(V::sub(pat, pft));
                 da = V::fma(g2, both(pa, s, kS2A, pat, st), da);
                 const F df = V::mul(g2, both(pf, s, kS2F, pft, st));
-                V::store(x.f + m, V::mul(V::sub(zero, df), share));
+                V::store(x.df + m, V::mul(V::sub(zero, df), share));
             }
             if (needs_.s3) {
                 const F pi = p(x.i, kLseI), pit = pt(x.i, kLseI);
                 const F s = V::sign(V::sub(pi, pl)), st = V::sign(V::sub(pit, plt));
-                V::store(x.i + m, V::mul(V::mul(g3, both(pi, s, kS3I, pit, st)), share));
+                V::store(x.di + m, V::mul(V::mul(g3, both(pi, s, kS3I, pit, st)), share));
                 gl = V::fma(g3, s, gl), glt = V::fma(g3, st, glt);
                 dot = V::fma(g3, row(kS3L), dot), dot_t = V::fma(g3, column(kS3L), dot_t);
             }
@@ -114,7 +113,7 @@ class AdjacencyGradient {
             }
             V::store(x.dl + m, dl);
             if constexpr (kBoth) V::store(x.dlt + m, dlt);
-            if (with_a) V::store(x.a + m, V::mul(da, share));
+            if (with_a) V::store(x.da + m, V::mul(da, share));
         }
         if (needs_.nce && m0 <= n && n < m0 + count) x.dl[n - m0] -= static_cast<float>(2 * g[0] / size);
     }
@@ -136,10 +135,11 @@ class AdjacencyGradient {
     TermGrads grads_;
 };
 
-// Turns A, F and I into the gradients of their products, and writes L's gradient.
+// The gradients of the products A, F and I, which may be written in their place, and L's gradient.
 template <class V>
-void differentiate(const Adjacency& job, const Needs& needs, const Similarities<V>& similarities) {
-    const Triangle<V>& triangle = similarities.triangle();
+void differentiate(const Adjacency& job, const Needs& needs, const Triangles<V>& matrices,
+                   const Triangles<V>& gradients) {
+    const Triangle<V>& triangle = matrices.triangle();
     const ColumnStats columns(job, triangle.padded());
     const AdjacencyGradient<V> gradient(job, needs, columns);
     constexpr int buffers = 4;
@@ -159,10 +159,11 @@ void differentiate(const Adjacency& job, const Needs& needs, const Similarities<
             const int64_t at = r * stride;
             std::memcpy(l + at, job.logits + (n0 + r) * n + m0, sizeof(float) * columns_here);
             for (int64_t m = columns_here; m < padded; ++m) l[at + m] = lt[at + m] = kNegInf;
-            const auto of = [&](Matrix k) {
-                return needs.matrix[k] ? triangle.row(similarities[k], strip, n0 + r) + m0 - n0 : nullptr;
+            const auto of = [&](const Triangles<V>& matrix, Matrix k) {
+                return needs.matrix[k] ? triangle.row(matrix[k], strip, n0 + r) + m0 - n0 : nullptr;
             };
-            const TileRow row{of(kA), of(kF), of(kI), l + at, lt + at, dl + at, dlt + at};
+            const TileRow row{of(matrices, kA),  of(matrices, kF),  of(matrices, kI),  l + at,  lt + at,
+                              of(gradients, kA), of(gradients, kF), of(gradients, kI), dl + at, dlt + at};
             if (other == strip)
                 gradient.template row<false>(row, n0 + r, m0, padded);
             else
@@ -177,8 +178,14 @@ template <class V>
 void adjacency_backward(const Adjacency& job) {
     constexpr int64_t width = Triangle<V>::kWidth;
     const Needs needs(job);
-    const Similarities<V> similarities(job, needs);
-    differentiate<V>(job, needs, similarities);
+    const Similarities<V> similarities(job, needs, Pass::kBackward);
+    const Triangles<V>& matrices = similarities.triangles();
+    const Triangle<V>& triangle = matrices.triangle();
+    // What the forward pass kept may be wanted again.
+    const Scratch apart(similarities.kept() ? sizeof(float) * similarities.floats() : 0);
+    const Triangles<V> gradients =
+        similarities.kept() ? Triangles<V>(triangle, needs, apart.as<float>()) : matrices;
+    differentiate<V>(job, needs, matrices, gradients);
 
     // Products with the features: lanes are channels.
     struct Product {
@@ -186,16 +193,15 @@ void adjacency_backward(const Adjacency& job) {
         float* out;
     } products[kMatrices];
     int64_t count = 0;
-    if (needs.s1 || needs.s2) products[count++] = {similarities[kA], job.aud, job.daud};
-    if (needs.s2) products[count++] = {similarities[kF], job.foreground, job.dforeground};
-    if (needs.s3) products[count++] = {similarities[kI], job.avg, job.davg};
+    if (needs.s1 || needs.s2) products[count++] = {gradients[kA], job.aud, job.daud};
+    if (needs.s2) products[count++] = {gradients[kF], job.foreground, job.dforeground};
+    if (needs.s3) products[count++] = {gradients[kI], job.avg, job.davg};
     const int64_t n = job.n, c = job.c, panels = ceil_div(c, width), each = panels * width * n;
     const Scratch packed(sizeof(float) * count * each);
     parallel_for(job.threads, count * panels, [&](int64_t task, int) {
         const int64_t k = task / panels, p = task % panels;
         pack_panel<V>(products[k].features, 1, c, c, n, p, packed.as<float>() + k * each + p * width * n);
     });
-    const Triangle<V>& triangle = similarities.triangle();
     const float scale = job.scale;
     const int64_t stride = panels * width, rows = triangle.rows();
     const int64_t worker_size = rows * (n + stride) + V::kLanes;

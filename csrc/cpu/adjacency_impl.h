@@ -1,7 +1,7 @@
 // The contrastive and adjacency terms. A = a a', F = f f' and I = v v' are symmetric (bitwise: the same
-// products in the same order), so half of each is computed and kept while a pass lasts: nothing of size n x n
-// outlives it but the logits and their gradient. Row m of a transposed softmax at column n is exp(A[n, m] -
-// lse[m]).
+// products in the same order), so half of each is computed. The forward pass leaves them to the
+// backward where the caller has room; elsewhere they are computed again. Row m of a transposed softmax at
+// column n is exp(A[n, m] - lse[m]).
 //
 // Padding: padded columns of every matrix hold -inf, whose exp is 0.
 //
@@ -30,6 +30,7 @@ struct Needs {
           s3(job.weights[3] != 0),
           mask(job.masked && nce),
           matrix{s1 || s2 || mask, s2, s3} {}
+    int64_t matrices() const { return matrix[kA] + matrix[kF] + matrix[kI]; }
 };
 
 // Whether pair (n, m) leaves the InfoNCE denominators; a is its element of A.
@@ -37,35 +38,70 @@ inline bool masked(const Adjacency& job, float a, int64_t n, int64_t m) {
     return n != m && a >= job.threshold * job.scale;
 }
 
-// A, F and I, those that the terms need, with their scale.
+// A triangle for each of A, F and I that the terms need, one after the other.
 template <class V>
-class Similarities {
+class Triangles {
   public:
-    static constexpr int64_t kWidth = Triangle<V>::kWidth;
-
-    Similarities(const Adjacency& job, const Needs& needs)
-        : triangle_(job.n, job.threads),
-          count_(needs.matrix[kA] + needs.matrix[kF] + needs.matrix[kI]),
-          memory_(sizeof(float) * count_ * triangle_.floats()) {
-        const float* const sources[kMatrices] = {job.aud, job.foreground, job.avg};
-        const float* rows[kMatrices];
-        float* to = memory_.template as<float>();
-        for (int k = 0, i = 0; k < kMatrices; ++k) {
-            matrices_[k] = needs.matrix[k] ? to + triangle_.floats() * i : nullptr;
-            if (needs.matrix[k]) rows[i++] = sources[k];
+    Triangles(const Triangle<V>& triangle, const Needs& needs, float* memory) : triangle_(triangle) {
+        for (const Matrix k : {kA, kF, kI}) {
+            matrices_[k] = needs.matrix[k] ? memory : nullptr;
+            if (needs.matrix[k]) memory += triangle.floats();
         }
-        multiply_all(job, rows);
     }
-
+    static int64_t floats(const Triangle<V>& triangle, const Needs& needs) {
+        return needs.matrices() * triangle.floats();
+    }
     const Triangle<V>& triangle() const { return triangle_; }
     float* operator[](Matrix k) const { return matrices_[k]; }
 
   private:
-    void multiply_all(const Adjacency& job, const float* const* sources) {
+    Triangle<V> triangle_;
+    float* matrices_[kMatrices];
+};
+
+enum class Pass { kForward, kBackward };
+
+// A, F and I with their scale. What the forward pass keeps begins with the rows of a strip, which depend on
+// its number of threads, or 0 where there was no room. What of it has no meaning is 0, because operators'
+// results are compared.
+template <class V>
+class Similarities {
+  public:
+    Similarities(const Adjacency& job, const Needs& needs, Pass pass)
+        : found_(pass == Pass::kBackward && job.kept_size > 0 && job.kept[0] > 0),
+          triangle_(found_ ? Triangle<V>(job.n, static_cast<int64_t>(job.kept[0]))
+                           : Triangle<V>::for_threads(job.n, job.threads)),
+          floats_(Triangles<V>::floats(triangle_, needs)),
+          kept_(found_ || (pass == Pass::kForward && kHeader + floats_ <= job.kept_size)),
+          own_(kept_ ? 0 : sizeof(float) * floats_),
+          triangles_(triangle_, needs, kept_ ? job.kept + kHeader : own_.template as<float>()) {
+        if (pass == Pass::kForward) {
+            const int64_t used = kept_ ? kHeader + floats_ : 0;
+            std::memset(job.kept + used, 0, sizeof(float) * (job.kept_size - used));
+            if (kept_) std::memset(job.kept, 0, sizeof(float) * kHeader);
+            if (kept_) job.kept[0] = static_cast<float>(triangle_.rows());
+        }
+        if (!found_) multiply_all(job, needs);
+    }
+
+    const Triangles<V>& triangles() const { return triangles_; }
+    int64_t floats() const { return floats_; }
+    bool kept() const { return kept_; }
+
+  private:
+    static constexpr int64_t kWidth = Triangle<V>::kWidth, kHeader = 16;
+
+    void multiply_all(const Adjacency& job, const Needs& needs) {
         const Triangle<V>& t = triangle_;
+        const float* const all[kMatrices] = {job.aud, job.foreground, job.avg};
+        const float* sources[kMatrices];
+        float* outs[kMatrices];
+        int64_t count = 0;
+        for (const Matrix k : {kA, kF, kI})
+            if (needs.matrix[k]) sources[count] = all[k], outs[count++] = triangles_[k];
         const int64_t c = job.c, panels = t.padded() / kWidth, each = t.padded() * c;
-        const Scratch packed(sizeof(float) * count_ * each);
-        parallel_for(job.threads, count_ * panels, [&](int64_t task, int) {
+        const Scratch packed(sizeof(float) * count * each);
+        parallel_for(job.threads, count * panels, [&](int64_t task, int) {
             const int64_t k = task / panels, p = task % panels;
             pack_panel<V>(sources[k], c, 1, t.n(), c, p, packed.as<float>() + k * each + p * kWidth * c);
         });
@@ -73,10 +109,10 @@ class Similarities {
         const int64_t piece_size = t.rows() * c + V::kLanes;
         const Scratch pieces(sizeof(float) * job.threads * piece_size);
         // Strips become shorter: the longest first, so that threads end together.
-        parallel_for(job.threads, count_ * t.strips(), [&](int64_t task, int worker) {
-            const int64_t k = task % count_, strip = task / count_, first = t.first(strip);
+        parallel_for(job.threads, count * t.strips(), [&](int64_t task, int worker) {
+            const int64_t k = task % count, strip = task / count, first = t.first(strip);
             const int64_t columns = t.columns(strip), stride = t.stride(strip);
-            float* out = memory_.template as<float>() + k * t.floats() + t.offset(strip);
+            float* out = outs[k] + t.offset(strip);
             multiply<V>(sources[k] + first * c, c, 1, t.rows(strip), c,
                         packed.as<float>() + k * each + first * c, columns / kWidth,
                         pieces.as<float>() + worker * piece_size, out, stride);
@@ -84,14 +120,18 @@ class Similarities {
                 float* row = out + r * stride;
                 for (int64_t m = 0; m < t.n() - first; ++m) row[m] *= scale;
                 for (int64_t m = t.n() - first; m < columns; ++m) row[m] = kNegInf;
+                std::memset(row + columns, 0, sizeof(float) * (stride - columns));
             }
+            std::memset(out + t.rows(strip) * stride, 0, sizeof(float) * (t.rows() - t.rows(strip)) * stride);
         });
     }
 
+    bool found_;  // as the forward pass left them
     Triangle<V> triangle_;
-    int64_t count_;
-    Scratch memory_;
-    float* matrices_[kMatrices];
+    int64_t floats_;
+    bool kept_;
+    Scratch own_;
+    Triangles<V> triangles_;
 };
 
 template <class V>
@@ -155,8 +195,9 @@ void adjacency_row(const Adjacency& job, const Needs& needs, const Row& x, int64
 template <class V>
 void adjacency(const Adjacency& job) {
     const Needs needs(job);
-    const Similarities<V> similarities(job, needs);
-    const Triangle<V>& triangle = similarities.triangle();
+    const Similarities<V> similarities(job, needs, Pass::kForward);
+    const Triangles<V>& of = similarities.triangles();
+    const Triangle<V>& triangle = of.triangle();
     const int64_t n = job.n, size = triangle.padded();
     // Blocks of rows: a line of memory of every column, half of it where rows are long or few.
     constexpr int64_t width = Triangle<V>::kWidth, most_bytes = 1 << 20;
@@ -173,7 +214,7 @@ void adjacency(const Adjacency& job) {
         float* matrices[kMatrices];
         for (const Matrix k : {kA, kF, kI}) {
             matrices[k] = memory + k * buffer_size;
-            if (needs.matrix[k]) triangle.copy_rows(similarities[k], first, rows, matrices[k], size);
+            if (needs.matrix[k]) triangle.copy_rows(of[k], first, rows, matrices[k], size);
         }
         float *l = memory + kMatrices * buffer_size, *lt = l + buffer_size, *kept = lt + buffer_size;
         transpose<V>(job.logits + first, n, n, rows, lt, size);

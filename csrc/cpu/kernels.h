@@ -65,7 +65,9 @@ struct Adjacency {
     double weights[4];
     bool masked;
     float threshold;
-    float* row_stats;         // (n, kRowStats)
+    float* row_stats;  // (n, kRowStats)
+    float* kept;       // room of kept_size floats for what else the backward reads
+    int64_t kept_size;
     float* col_lse;           // (n)
     float* loss;              // (): the weighted sum of the terms. Forward only.
     float* terms;             // (4). Forward only.

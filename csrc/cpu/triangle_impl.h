@@ -10,10 +10,13 @@ class Triangle {
   public:
     static constexpr int64_t kWidth = 2 * V::kLanes;  // of a panel
 
+    // Strips of so many rows, a multiple of kWidth.
+    Triangle(int64_t n, int64_t rows) : n_(n), padded_(ceil_div(n, kWidth) * kWidth), rows_(rows) {}
+
     // Strips are lower where there are many threads for few rows.
-    Triangle(int64_t n, int threads) : n_(n), padded_(ceil_div(n, kWidth) * kWidth) {
+    static Triangle for_threads(int64_t n, int threads) {
         const int64_t panels = smaller(n / (4 * threads * kWidth), kMostRows / kWidth);
-        rows_ = (panels < 1 ? 1 : panels) * kWidth;
+        return {n, (panels < 1 ? 1 : panels) * kWidth};
     }
 
     int64_t n() const { return n_; }

@@ -14,6 +14,11 @@ _ROW_STATS = 16
 _KEPT_FROM = 1 << 20
 
 
+def row_stats_columns(n: int) -> int:
+    """16 statistics, and room for half of each of A, F and I, unless that is much: then they are computed again."""
+    return _ROW_STATS + (3 * (n // 2 + 160) if n <= 2048 else 0)
+
+
 def _floats(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(*shape, dtype=torch.float32)  # sizes one by one are read faster than a tuple of them
 
@@ -45,7 +50,7 @@ def _empty_pools(img: Tensor, pooled: bool) -> tuple[Tensor, Tensor, Tensor, Ten
 def _empty_terms(aud: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n = len(aud)
     loss, terms = aud.new_empty((), dtype=torch.float32), _floats(aud, 4)
-    return loss, terms, _floats(aud, n, _ROW_STATS), _floats(aud, n)
+    return loss, terms, _floats(aud, n, row_stats_columns(n)), _floats(aud, n)
 
 
 def max_logits(img: Tensor, aud: Tensor, tau: float) -> tuple[Tensor, Tensor]:
@@ -130,6 +135,7 @@ def adjacency(
         weights,
         adjacency_threshold,
         _native.addresses(*outputs),
+        outputs[2].shape[1],
         torch.get_num_threads(),
     )
     return outputs
@@ -160,7 +166,9 @@ def adjacency_backward(
         tau,
         weights,
         adjacency_threshold,
-        *_native.addresses(row_stats, col_lse, grad_loss, grad_terms),
+        row_stats.data_ptr(),
+        row_stats.shape[1],
+        *_native.addresses(col_lse, grad_loss, grad_terms),
         _native.addresses(*grads),
         torch.get_num_threads(),
     )
@@ -191,6 +199,7 @@ def loss(
         _native.addresses(logits, argmax),
         _native.addresses(maps, mask, img_avg, foreground),
         _native.addresses(value, terms, row_stats, col_lse),
+        row_stats.shape[1],
         _bfloat16_products(img, aud),
         torch.get_num_threads(),
     )
