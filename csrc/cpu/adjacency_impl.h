@@ -1,7 +1,7 @@
 // The contrastive and adjacency terms. A = a a', F = f f' and I = v v' are symmetric (bitwise: the same
-// products in the same order), so half of each is computed. The forward pass leaves them to the
-// backward where the caller has room; elsewhere they are computed again. Row m of a transposed softmax at
-// column n is exp(A[n, m] - lse[m]).
+// products in the same order), so half of each is computed. The forward pass leaves them to the backward pass
+// where the caller has room; elsewhere they are computed again. Row m of a transposed softmax at column n is
+// exp(A[n, m] - lse[m]).
 //
 // Padding: padded columns of every matrix hold -inf, whose exp is 0.
 //
@@ -48,9 +48,6 @@ class Triangles {
             if (needs.matrix[k]) memory += triangle.floats();
         }
     }
-    static int64_t floats(const Triangle<V>& triangle, const Needs& needs) {
-        return needs.matrices() * triangle.floats();
-    }
     const Triangle<V>& triangle() const { return triangle_; }
     float* operator[](Matrix k) const { return matrices_[k]; }
 
@@ -71,7 +68,7 @@ class Similarities {
         : found_(pass == Pass::kBackward && job.kept_size > 0 && job.kept[0] > 0),
           triangle_(found_ ? Triangle<V>(job.n, static_cast<int64_t>(job.kept[0]))
                            : Triangle<V>::for_threads(job.n, job.threads)),
-          floats_(Triangles<V>::floats(triangle_, needs)),
+          floats_(needs.matrices() * triangle_.floats()),
           kept_(found_ || (pass == Pass::kForward && kHeader + floats_ <= job.kept_size)),
           own_(kept_ ? 0 : sizeof(float) * floats_),
           triangles_(triangle_, needs, kept_ ? job.kept + kHeader : own_.template as<float>()) {
