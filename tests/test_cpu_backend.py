@@ -51,6 +51,7 @@ def test_every_instruction_set_passes_the_table(isa):
         test_a_batch_of_many_panels_is_as_good_as_torch,
         test_a_gradient_past_the_caches_is_the_same_as_through_them,
         test_what_the_forward_pass_keeps_is_what_the_backward_pass_would_compute,
+        test_there_is_room_for_what_the_forward_pass_keeps_up_to_a_batch_where_it_would_be_much,
     )
     large = [f"{__file__}::{test.__name__}" for test in own]
     done = run_pinned(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(table), *large, "-k", "cpu")
@@ -97,7 +98,7 @@ def test_a_gradient_past_the_caches_is_the_same_as_through_them(n, c, side, layo
 
 
 @pytest.mark.parametrize("weights", [(1, 100, 100, 100), (1, 0, 100, 0), (1, 0, 0, 100), (1, 0, 0, 0)], ids=str)
-@pytest.mark.parametrize("n", [2, 32, 311])
+@pytest.mark.parametrize("n", [1, 9, 32, 311])
 def test_what_the_forward_pass_keeps_is_what_the_backward_pass_would_compute(n, weights, monkeypatch):
     img, aud = (x.requires_grad_() for x in features(n, 24, 2))
     backend = _dispatch.BACKENDS["cpu"].load()
@@ -119,6 +120,15 @@ def test_what_the_forward_pass_keeps_is_what_the_backward_pass_would_compute(n, 
     for got in (twice, anew):
         assert all(map(torch.equal, got, once))
     torch.testing.assert_close(by_others, anew)
+
+
+@pytest.mark.parametrize("n", [1, 31, 33, 100, 257, 2048, 2300])
+def test_there_is_room_for_what_the_forward_pass_keeps_up_to_a_batch_where_it_would_be_much(n):
+    backend = _dispatch.BACKENDS["cpu"].load()
+    logits, aud = torch.zeros(n, n), torch.zeros(n, 1)
+    _, _, row_stats, _ = backend.adjacency(logits, aud, aud, aud, 0.1, (1.0, 1.0, 1.0, 1.0), None)
+    rows_of_a_strip = row_stats.view(-1)[16 * n]
+    assert (rows_of_a_strip > 0) == (n <= 2048)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -313,9 +313,11 @@ def test_an_exported_program_calls_the_operator(strict):
             return fk.fnac_loss(img, aud, 0.1).loss
 
     img, aud = (x.detach() for x in features())
-    program = torch.export.export(Module(), (img, aud), strict=strict)
+    any_batch = {0: torch.export.Dim("n")}
+    program = torch.export.export(Module(), (img, aud), strict=strict, dynamic_shapes=(any_batch, any_batch))
     assert "fnac_kernels.fnac_loss" in program.graph_module.code
-    assert torch.equal(program.module()(img / 2, aud), fk.fnac_loss(img / 2, aud, 0.1).loss)
+    img, aud = img[:-1] / 2, aud[:-1]
+    assert torch.equal(program.module()(img, aud), fk.fnac_loss(img, aud, 0.1).loss)
 
 
 def test_a_checkpointed_call_is_the_same():

@@ -72,11 +72,13 @@ class Similarities {
           kept_(found_ || (pass == Pass::kForward && kHeader + floats_ <= job.kept_size)),
           own_(kept_ ? 0 : sizeof(float) * floats_),
           triangles_(triangle_, needs, kept_ ? job.kept + kHeader : own_.template as<float>()) {
-        if (pass == Pass::kForward) {
-            const int64_t used = kept_ ? kHeader + floats_ : 0;
+        if (pass == Pass::kForward && kept_) {
+            std::memset(job.kept, 0, sizeof(float) * kHeader);
+            job.kept[0] = static_cast<float>(triangle_.rows());
+            const int64_t used = kHeader + floats_;
             std::memset(job.kept + used, 0, sizeof(float) * (job.kept_size - used));
-            if (kept_) std::memset(job.kept, 0, sizeof(float) * kHeader);
-            if (kept_) job.kept[0] = static_cast<float>(triangle_.rows());
+        } else if (pass == Pass::kForward && job.kept_size > 0) {
+            job.kept[0] = 0;  // and nothing else: fresh pages that nobody touches take no memory
         }
         if (!found_) multiply_all(job, needs);
     }

@@ -9,14 +9,19 @@ from fnac_kernels import _native
 
 _kernels = _native.module()  # this is imported where it is usable alone
 _ROW_STATS = 16
+_MOST_KEPT = 2048
 #: Bytes from which a gradient of the image features lies in memory that is kept for the next: a smaller one would waste
 #: most of a huge page.
 _KEPT_FROM = 1 << 20
 
 
 def row_stats_columns(n: int) -> int:
-    """16 statistics, and room for half of each of A, F and I, unless that is much: then they are computed again."""
-    return _ROW_STATS + (3 * (n // 2 + 160) if n <= 2048 else 0)
+    """16 statistics, and room for half of each of A, F and I: strips of up to 64 rows, columns in panels of up to 32.
+
+    Of much more than ``_MOST_KEPT`` rows they do not fit, and the backward pass computes them again. There is no
+    branch, because ``n`` is symbolic where a program is traced for any batch size.
+    """
+    return _ROW_STATS + 3 * (torch.sym_min(n, _MOST_KEPT) // 2 + 145 + 3008 // n)
 
 
 def _floats(like: Tensor, *shape: int) -> Tensor:
