@@ -154,15 +154,17 @@ def test_a_small_gradient_has_its_own_block_again_and_frees_no_large_one():
         del block
 
 
-def test_large_scratch_borrows_any_block_that_is_large_enough_and_leaves_it_as_it_was():
+def test_large_scratch_borrows_any_block_that_is_large_enough_and_leaves_it_as_it_was(monkeypatch):
     memory = _native.module().KeptMemory
-    n = 2400  # half of three matrices of n x n in float32, too large to be left to a backward pass: 34 MB
+    # Without room for them in the results:
+    monkeypatch.setattr(_dispatch.BACKENDS["cpu"].load(), "row_stats_columns", lambda n: 16)
+    n = 1200  # half of three matrices of n x n in float32: 9 MB
     inputs = torch.randn(n, n), torch.randn(n, 16), torch.randn(n, 16), torch.randn(n, 16)
     fk.adjacency_contrastive(*inputs, backend="cpu")
     fk.empty_cache()
     before = megabytes("VmSize")
     fk.adjacency_contrastive(*inputs, backend="cpu")
-    assert 33 < megabytes("VmSize") - before < 37, "kept for the next"
+    assert 8 < megabytes("VmSize") - before < 12, "kept for the next"
     block = memory(64 * MIB)
     address = address_of(block)
     assert 64 <= megabytes("VmSize") - before < 68, "a larger result frees it"
