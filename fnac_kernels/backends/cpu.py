@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,13 +17,16 @@ _MOST_KEPT = 2048
 _KEPT_FROM = 1 << 20
 
 
-def row_stats_columns(n: int) -> int:
-    """16 statistics, and room for half of each of A, F and I: strips of up to 64 rows, columns in panels of up to 32.
+def row_stats_columns(n: int, weights: Sequence[float]) -> int:
+    """16 statistics, and room for half of each of A, F and I that a weighted distance reads.
 
-    Of much more than ``_MOST_KEPT`` rows they do not fit, and the backward pass computes them again. There is no
-    branch, because ``n`` is symbolic where a program is traced for any batch size.
+    That is in strips of up to 64 rows, columns in panels of up to 32. Of much more than ``_MOST_KEPT`` rows
+    they do not fit, and the backward pass computes them again. There is no branch, because ``n`` is symbolic where a
+    program is traced for any batch size.
     """
-    return _ROW_STATS + 3 * (torch.sym_min(n, _MOST_KEPT) // 2 + 145 + 3008 // n)
+    _, fns_audio, tne, fns_visual = map(bool, weights)
+    matrices = (fns_audio or tne) + tne + fns_visual
+    return _ROW_STATS + matrices * (torch.sym_min(n, _MOST_KEPT) // 2 + 145 + 3008 // n)
 
 
 def _floats(like: Tensor, *shape: int) -> Tensor:
@@ -52,10 +57,10 @@ def _empty_pools(img: Tensor, pooled: bool) -> tuple[Tensor, Tensor, Tensor, Ten
     return maps, mask, _floats(img, rows, c), _floats(img, rows, c)
 
 
-def _empty_terms(aud: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty_terms(aud: Tensor, weights: Sequence[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n = len(aud)
     loss, terms = aud.new_empty((), dtype=torch.float32), _floats(aud, 4)
-    return loss, terms, _floats(aud, n, row_stats_columns(n)), _floats(aud, n)
+    return loss, terms, _floats(aud, n, row_stats_columns(n, weights)), _floats(aud, n)
 
 
 def max_logits(img: Tensor, aud: Tensor, tau: float) -> tuple[Tensor, Tensor]:
@@ -131,7 +136,7 @@ def adjacency(
     adjacency_threshold: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, c = aud.shape
-    outputs, wide = _empty_terms(aud), aud.float()
+    outputs, wide = _empty_terms(aud, weights), aud.float()
     _kernels.adjacency(
         _native.addresses(logits, wide, img_avg, foreground),
         n,
@@ -192,7 +197,7 @@ def loss(
     """``max_logits``, ``pool_pairs`` and ``adjacency`` in one call: Python between kernels starts from cold caches."""
     logits, argmax = _empty_logits(img, aud)
     maps, mask, img_avg, foreground = _empty_pools(img, pooled)
-    value, terms, row_stats, col_lse = _empty_terms(aud)
+    value, terms, row_stats, col_lse = _empty_terms(aud, weights)
     wide = aud.float()
     _kernels.loss(
         _native.image(img),
