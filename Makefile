@@ -1,7 +1,11 @@
 # Two commands do everything: `make demo` and `make test`. Both make .venv on first use and reuse it afterwards.
 PYTHON ?= python3
 VENV := .venv
+# Processes that share the test files out among them.
+JOBS ?= 2
 BIN := $(VENV)/bin
+# Files in order: those that take longest end last, in processes of their own. Threads that wait leave the core to others.
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 NATIVE := $(shell find csrc CMakeLists.txt setup.py pyproject.toml constraints.txt -type f 2>/dev/null)
 
 FIND_SOURCES := find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
@@ -35,7 +39,7 @@ format: install
 	$(FIND_SOURCES) | xargs -r $(BIN)/clang-format -i
 
 test: lint
-	$(BIN)/python -m pytest -q tests
+	$(PYTEST) tests
 
 # The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, on every instruction set there is and, with
 # AVX512_BF16, on AMX's tiles in plain code, in a copy of the package. Python itself leaks on purpose, so leaks are not looked for.
@@ -50,7 +54,7 @@ sanitize: install
 	export PYTHONSAFEPATH=1 PYTHONPATH=$(SANITIZED)/package ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" && \
 	$(BIN)/python -c "import fnac_kernels._C as native; assert native.__file__.startswith('$(SANITIZED)'), native" && \
-	$(BIN)/python -m pytest -q tests/test_backends.py tests/test_cpu_exact.py tests/test_cpu_backend.py \
+	$(PYTEST) tests/test_backends.py tests/test_cpu_exact.py tests/test_cpu_backend.py \
 		tests/test_kept_memory.py
 
 # Makes data, trains, evaluates and writes runs/demo/report.html, in about 10 minutes on 2 cores that multiply bfloat16,

@@ -24,7 +24,8 @@ def interpret(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_interpreter_passes_the_table():
-    done = interpret("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_backends.py", "-k", "triton")
+    table = ("tests/test_backends.py", "-k", "triton")
+    done = interpret("-m", "pytest", "-q", "-x", "-n", "2", "-p", "no:cacheprovider", *table)
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
+import re
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -29,6 +30,7 @@ CHIPS = {80: (164, 2048), 86: (100, 1536), 90: (228, 2048), 100: (228, 2048)}
 #: Maps that lead to every variant there is: of up to 16, 32, 64, 128, 256 and of more cells, with last tiles of 16, 32
 #: and 64, and where rows of NCHW are whole 16-byte loads and where not. A test looks for others.
 CELLS = (49, 196, 4, 9, 16, 25, 32, 64, 80, 81, 100, 256, 289, 529, 576, 784)
+DTYPES = ("fp32", "bf16", "fp16")
 SIZES = (
     "N", "M", "C", "P", "count", "stride_c", "stride_p", "images", "splits", "slots", "tiles", "row0", "rows", "width"
 )  # fmt: skip
@@ -228,17 +230,29 @@ def resident(capability: int, registers: int, shared: int, warps: int) -> int:
     )
 
 
-def chip(capability: int) -> list[Cost]:
-    """All variants on one chip."""
-    return [cost(capability, dtype, v) for dtype in ("fp32", "bf16", "fp16") for v in variants(capability, dtype)]
+def chosen(capability: int, dtype: str, every: int = 1) -> list[Variant]:
+    """All variants, or one of every so many: on each chip others."""
+    return variants(capability, dtype)[list(CHIPS).index(capability) % every :: every]
 
 
-def table(capabilities: tuple[int, ...] = tuple(CHIPS)) -> list[Cost]:
-    """All variants on all chips. In processes: threads that parse kernels at a time can fail in CPython 3.11 ("AST
-    constructor recursion depth mismatch").
+def costs(capability: int, dtype: str, every: int) -> list[Cost]:
+    """Of the chosen variants."""
+    return [cost(capability, dtype, variant) for variant in chosen(capability, dtype, every)]
+
+
+def table(every: int = 1) -> list[Cost]:
+    """All rows, or one of every so many. In processes: threads that parse kernels at a time can fail in CPython 3.11
+    ("AST constructor recursion depth mismatch").
     """
+    parts = [(capability, dtype, every) for capability in CHIPS for dtype in DTYPES]
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        return [row for rows in pool.map(chip, capabilities) for row in rows]
+        return [row for rows in pool.map(costs, *zip(*parts, strict=True)) for row in rows]
+
+
+def parsed(text: str) -> list[Cost]:
+    """The rows of a table as ``cubin.render`` prints it."""
+    fields = (re.split(r" {2,}", line.rstrip()) for line in text.splitlines()[1:])
+    return [Cost(int(chip), dtype, name, *map(int, numbers), cores) for chip, dtype, name, *numbers, cores in fields]
 
 
 if __name__ == "__main__":
