@@ -50,13 +50,13 @@ void pool(const Image& img, uintptr_t aud, double tau, double threshold, uintptr
 
 void feature_backward(const Image& img, uintptr_t aud, int64_t m, double tau, int precision,
                       uintptr_t grad_logits, uintptr_t argmax, uintptr_t grad_maps, uintptr_t mask,
-                      uintptr_t grad_avg, uintptr_t grad_foreground, uintptr_t dimg, uintptr_t daud,
-                      const Place& place, const py::function& allocate) {
+                      uintptr_t grad_avg, uintptr_t grad_foreground, uintptr_t grad_aud, uintptr_t dimg,
+                      uintptr_t daud, const Place& place, const py::function& allocate) {
     enqueue(FeatureBackward{feature_map(img), at<const void>(aud), m, reciprocal(tau),
                             static_cast<Precision>(precision), at<const float>(grad_logits),
                             at<const uint16_t>(argmax), at<const float>(grad_maps), at<const uint8_t>(mask),
-                            at<const float>(grad_avg), at<const float>(grad_foreground), at<void>(dimg),
-                            at<void>(daud)},
+                            at<const float>(grad_avg), at<const float>(grad_foreground),
+                            at<const float>(grad_aud), at<void>(dimg), at<void>(daud)},
             place, allocate);
 }
 

@@ -130,7 +130,7 @@ def of_maps(capability: int, dtype: str, cells: int) -> Iterator[Variant]:
             for how, precision in _precisions(dtype):
                 constants = everything | precision | stride
                 yield Variant(f"{name} {where}{how}", gradient, blocks, constants, aligned, wide)
-        constants = {**stride, "MAPS": True}
+        constants = {**stride, "MAPS": True, "AUD": True}
         yield Variant(
             f"audio_gradient {where}", audio.audio_gradient_kernel, tuning.audio_gradient(), constants, aligned
         )

@@ -163,7 +163,8 @@ audio_gradient_kernel(const AudioGradientArguments job) {
 }
 
 struct FinishArguments {
-    const float* sums;  // (count, size)
+    const float* sums;      // (count, size)
+    const float* grad_aud;  // (size), or null
     void* daud;
     int64_t size;
     int count;
@@ -178,7 +179,9 @@ finish_kernel(const FinishArguments job) {
     float sum = 0.f;
 #pragma unroll 8
     for (int k = 0; k < job.count; ++k) sum += job.sums[k * job.size + i];
-    static_cast<T*>(job.daud)[i] = narrow<T>(sum * job.scale);
+    sum *= job.scale;
+    if (job.grad_aud != nullptr) sum += job.grad_aud[i];
+    static_cast<T*>(job.daud)[i] = narrow<T>(sum);
 }
 
 struct Shares {
@@ -268,7 +271,8 @@ void audio_gradient(const FeatureBackward& job, const Launch& where) {
     with_dtype(img.dtype, [&]<class T>(T) {
         launch(finish_kernel<T>, {"finish_kernel", img.n, job.m, img.c, img.p}, {ceil_div(size, kThreads)},
                kThreads, 0, where,
-               FinishArguments{sums, job.daud, size, count + (job.grad_maps != nullptr), job.scale});
+               FinishArguments{sums, job.grad_aud, job.daud, size, count + (job.grad_maps != nullptr),
+                               job.scale});
     });
 }
 

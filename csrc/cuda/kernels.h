@@ -60,8 +60,9 @@ struct FeatureBackward {
     const uint8_t* mask;     // (n, p)
     const float* grad_avg;   // (n, c)
     const float* grad_foreground;
-    void* dimg;  // as img, or null
-    void* daud;  // (m, c) of img's dtype, or null
+    const float* grad_aud;  // (m, c)
+    void* dimg;             // as img, or null
+    void* daud;             // (m, c) of img's dtype, or null
 };
 
 constexpr int64_t kRowStats = 16;

@@ -94,11 +94,9 @@ def feature_backward(
         0 if aud is None else aud.shape[0],
         tau,
         _precision(),
-        *_native.addresses(grad_logits, argmax, grad_maps, mask, grad_avg, grad_foreground, dimg, daud),
+        *_native.addresses(grad_logits, argmax, grad_maps, mask, grad_avg, grad_foreground, grad_aud, dimg, daud),
         *_place(img),
     )
-    if daud is not None and grad_aud is not None:
-        daud += grad_aud
     return dimg, daud
 
 

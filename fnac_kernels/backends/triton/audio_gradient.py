@@ -63,10 +63,11 @@ def audio_share_kernel(
 
 @triton.jit(do_not_specialize=["splits", "M", "P"])
 def audio_gradient_kernel(
-    shares, img, grad_maps, daud, splits, M, C, P, stride_c, stride_p, scale,
-    MAPS: tl.constexpr, BLOCK_C: tl.constexpr,
+    shares, img, grad_maps, grad_aud, daud, splits, M, C, P, stride_c, stride_p, scale,
+    MAPS: tl.constexpr, AUD: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of BLOCK_C channels of one sound: its shares in order, and what comes through its own map."""
+    """The gradient of BLOCK_C channels of one sound: its shares in order, and what comes through its own map and
+    from elsewhere."""
     m = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros((BLOCK_C,), tl.float32)
@@ -76,11 +77,20 @@ def audio_gradient_kernel(
         for p in range(0, P):
             cell = tl.load(img + m * P * C + p * stride_p + c * stride_c, mask=c < C, other=0.0)
             total += tl.load(grad_maps + m * P + p) * cell.to(tl.float32)
-    tl.store(daud + m * C + c, (total * scale).to(daud.dtype.element_ty), mask=c < C)
+    total *= scale
+    if AUD:
+        total += tl.load(grad_aud + m * C + c, mask=c < C, other=0.0)
+    tl.store(daud + m * C + c, total.to(daud.dtype.element_ty), mask=c < C)
 
 
 def audio_gradient(
-    img: Tensor, aud: Tensor, tau: float, grad_logits: Tensor | None, argmax: Tensor | None, grad_maps: Tensor | None
+    img: Tensor,
+    aud: Tensor,
+    tau: float,
+    grad_logits: Tensor | None,
+    argmax: Tensor | None,
+    grad_maps: Tensor | None,
+    grad_aud: Tensor | None,
 ) -> Tensor:
     _, c, h, w = img.shape
     m, cells = aud.shape[0], h * w
@@ -110,8 +120,9 @@ def audio_gradient(
     daud = torch.empty_like(aud)
     blocks = tuning.audio_gradient()
     run(
-        audio_gradient_kernel, (m, triton.cdiv(c, blocks.sizes["BLOCK_C"])), shares, img, grad_maps, daud,
-        len(shares), m, c, cells, *image_strides(img), 1 / tau, MAPS=grad_maps is not None, **blocks.options,
+        audio_gradient_kernel, (m, triton.cdiv(c, blocks.sizes["BLOCK_C"])), shares, img, grad_maps, grad_aud, daud,
+        len(shares), m, c, cells, *image_strides(img), 1 / tau,
+        MAPS=grad_maps is not None, AUD=grad_aud is not None, **blocks.options,
     )  # fmt: skip
     return daud
 

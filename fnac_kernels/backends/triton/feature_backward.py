@@ -27,9 +27,7 @@ def feature_backward(
     dimg = daud = None
     with on(img):
         if need_aud and aud is not None:
-            daud = audio_gradient(img, aud, tau, grad_logits, argmax, grad_maps)
-            if grad_aud is not None:
-                daud += grad_aud
+            daud = audio_gradient(img, aud, tau, grad_logits, argmax, grad_maps, grad_aud)
         if need_img:
             dimg = image_gradient(
                 img, aud, tau, grad_logits, argmax, grad_maps, mask, grad_avg, grad_foreground
