@@ -9,6 +9,7 @@ import re
 
 import pytest
 import soundfile
+import torch
 from PIL import Image
 
 from fnac import demo as demo_module
@@ -47,7 +48,7 @@ def test_report_needs_nothing_else(run):
     sounds = [base64.b64decode(s.partition("base64,")[2]) for s in sources if s.startswith("data:audio/wav")]
     pictures = [base64.b64decode(s.partition("base64,")[2]) for s in sources if s.startswith("data:image/png")]
     assert len(sounds) == len(pictures) - 1 == 5  # each clip once, and the curves
-    assert all(soundfile.info(io.BytesIO(sound)).frames == 16_000 for sound in sounds)
+    assert all(soundfile.info(io.BytesIO(sound)).frames == 8_000 for sound in sounds)
     for picture in pictures:
         Image.open(io.BytesIO(picture)).verify()
     for words in ("NCE alone", "supervised", "oracle", "bicubic"):
@@ -64,6 +65,17 @@ def test_a_second_run_uses_what_is_there(run, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("best.ckpt")}
     assert demo(str(folder), **TINY) == table
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("best.ckpt")} == before
+
+
+def test_the_shared_warm_up_changes_nothing(run, tmp_path):
+    """Without warm-up, NCE alone is trained in one go."""
+    whole = tmp_path / "run"
+    demo(str(whole), **{**TINY, "warmup_epochs": 0})
+    assert not (whole / "warm-up").exists()
+    wanted, got = (torch.load(f / "nce-alone" / "last.ckpt", weights_only=True) for f in (whole, run[0]))
+    assert got["epoch"] == wanted["epoch"] == 1
+    torch.testing.assert_close(got["state_dict"], wanted["state_dict"], rtol=0, atol=0)
+    assert got["callbacks"]["History"] == wanted["callbacks"]["History"]
 
 
 def test_another_setting_needs_another_folder(run):
