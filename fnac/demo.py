@@ -35,7 +35,7 @@ class DemoSettings:
     """What the demo's result depends on.
 
     The three distances of the loss are means over the batch's pairs. The published weight 100 belongs to a batch of
-    256; with 32 clips the same gradient per pair is that of a weight of 12.5.
+    256; with 64 clips the same gradient per pair is that of a weight of 25.
     """
 
     seed: int
@@ -49,7 +49,7 @@ class DemoSettings:
     batch_size: int
     distance_weight: float
     image_size: int = 112
-    seconds: float = 0.5
+    seconds: float = 1.0
     image_stages: int = 3
     audio_stages: int = 3
 
@@ -57,15 +57,15 @@ class DemoSettings:
 def demo(
     out: str = "runs/demo",
     seed: int = 0,
-    train: int = 2400,
+    train: int = 3000,
     val: int = 200,
     test: int = 400,
-    single: int = 1200,
-    encoder_epochs: int = 8,
-    epochs: int = 4,
+    single: int = 1500,
+    encoder_epochs: int = 10,
+    epochs: int = 5,
     warmup_epochs: int = 2,
-    batch_size: int = 32,
-    distance_weight: float = 12.5,
+    batch_size: int = 64,
+    distance_weight: float = 25.0,
     progress: bool = True,
 ) -> dict[str, dict[str, float]]:
     """Generate data, train FNAC and NCE alone on it, evaluate on the test split, and write a report.
