@@ -4,7 +4,7 @@ VENV := .venv
 # Processes that share the test files out among them.
 JOBS ?= 2
 BIN := $(VENV)/bin
-# Files in order: those that take longest end last, in processes of their own. Threads that wait leave the core to others.
+# A file stays in one process, in the order of names. Threads that wait leave their core to the other process.
 PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 NATIVE := $(shell find csrc CMakeLists.txt setup.py pyproject.toml constraints.txt -type f 2>/dev/null)
 
