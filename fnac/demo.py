@@ -156,8 +156,9 @@ class _Demo:
             str(root), batch_size=settings.batch_size, image_size=settings.image_size, clip_seconds=settings.seconds,
             seed=settings.seed, cache=True,
         )  # fmt: skip
-        if settings.warmup_epochs > 0:
-            self._train(WARM_UP, data, settings.warmup_epochs)
+        shared = min(settings.warmup_epochs, settings.epochs)
+        if shared > 0:
+            self._train(WARM_UP, data, shared)
         runs = {name: self._train(name, data, settings.epochs) for name in (FNAC, NCE)}
         with self._stage("evaluation"):
             table, examples = self._evaluate(data)

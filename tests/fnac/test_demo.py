@@ -78,6 +78,13 @@ def test_the_shared_warm_up_changes_nothing(run, tmp_path):
     assert got["callbacks"]["History"] == wanted["callbacks"]["History"]
 
 
+def test_a_warm_up_may_be_all_of_the_training(tmp_path):
+    folder = tmp_path / "run"
+    table = demo(str(folder), **{**TINY, "epochs": 1, "warmup_epochs": 2})
+    assert table["FNAC"] == table["NCE alone"]
+    assert torch.load(folder / "warm-up" / "last.ckpt", weights_only=True)["epoch"] == 0
+
+
 def test_another_setting_needs_another_folder(run):
     folder, _ = run
     with pytest.raises(FileExistsError, match="other settings"):
