@@ -64,7 +64,9 @@ def check(done: subprocess.CompletedProcess[str]) -> str:
 TABLE = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_backends.py", "-k", "cuda")
 
 
-@pytest.mark.parametrize(("kind", "order"), [*(("plain", order) for order in ORDERS), ("sanitized", "random")])
+@pytest.mark.parametrize(
+    ("kind", "order"), [*(("plain", order) for order in ORDERS), ("sanitized", "forward"), ("sanitized", "random")]
+)
 def test_the_emulated_kernels_pass_the_table(kind, order):
     out = check(emulate(*TABLE, kind=kind, FNAC_CUDA_EMULATION_ORDER=order))
     assert " passed" in out

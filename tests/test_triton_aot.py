@@ -7,7 +7,6 @@ which every kernel is, and hold the others to what the table says of them.
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import pkgutil
 import re
 from pathlib import Path
@@ -88,8 +87,7 @@ def test_every_kernel_is_compiled():
 
 
 def _names(every: int) -> set[str]:
-    parts = itertools.product(triton_resources.CHIPS, triton_resources.DTYPES)
-    return {variant.kernel.__name__ for part in parts for variant in triton_resources.chosen(*part, every)}
+    return {v.kernel.__name__ for part in triton_resources.PARTS for v in triton_resources.chosen(*part, every)}
 
 
 def test_no_spills_and_shared_memory_within_the_limit(costs):
@@ -117,8 +115,6 @@ def test_the_table_is_what_the_kernels_use(compiled):
     """After a change: ``python tests/triton_resources.py > tests/data/triton_resources.txt``, and look at the diff."""
     rows = triton_resources.parsed(TABLE.read_text())
     assert cubin.render(rows) == TABLE.read_text()
-    parts = itertools.product(triton_resources.CHIPS, triton_resources.DTYPES)
-    assert [row[:3] for row in rows] == [
-        (*part, variant.name) for part in parts for variant in triton_resources.variants(*part)
-    ]
+    wanted = [(*part, v.name) for part in triton_resources.PARTS for v in triton_resources.variants(*part)]
+    assert [row[:3] for row in rows] == wanted
     assert set(compiled) <= set(rows), set(compiled) - set(rows)

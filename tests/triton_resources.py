@@ -8,6 +8,7 @@ multiprocessor, ``warps`` how many warps that makes.
 from __future__ import annotations
 
 import importlib
+import itertools
 import multiprocessing
 import re
 import tempfile
@@ -31,6 +32,8 @@ CHIPS = {80: (164, 2048), 86: (100, 1536), 90: (228, 2048), 100: (228, 2048)}
 #: and 64, and where rows of NCHW are whole 16-byte loads and where not. A test looks for others.
 CELLS = (49, 196, 4, 9, 16, 25, 32, 64, 80, 81, 100, 256, 289, 529, 576, 784)
 DTYPES = ("fp32", "bf16", "fp16")
+#: The table's parts, in its order.
+PARTS = tuple(itertools.product(CHIPS, DTYPES))
 SIZES = (
     "N", "M", "C", "P", "count", "stride_c", "stride_p", "images", "splits", "slots", "tiles", "row0", "rows", "width"
 )  # fmt: skip
@@ -244,9 +247,8 @@ def table(every: int = 1) -> list[Cost]:
     """All rows, or one of every so many. In processes: threads that parse kernels at a time can fail in CPython 3.11
     ("AST constructor recursion depth mismatch").
     """
-    parts = [(capability, dtype, every) for capability in CHIPS for dtype in DTYPES]
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        return [row for rows in pool.map(costs, *zip(*parts, strict=True)) for row in rows]
+        return [row for rows in pool.map(costs, *zip(*PARTS, strict=True), itertools.repeat(every)) for row in rows]
 
 
 def parsed(text: str) -> list[Cost]:
