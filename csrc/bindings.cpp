@@ -7,6 +7,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/kept_memory.h"
+#include "cpu/parallel.h"
 #include "cpu/peak.h"
 
 namespace py = pybind11;
@@ -109,6 +110,7 @@ void loss(const Image& img, uintptr_t aud, double tau, double threshold, const s
 PYBIND11_MODULE(_C, m) {
     using namespace fnac;
     const auto unlocked = py::call_guard<py::gil_scoped_release>();
+    m.def("forked", &forked);
     m.def("isa", [] { return std::string(kernels().name); });
     m.def("isas", &available_isas);
     m.def("peak_fma", &peak_fma, unlocked);

@@ -15,18 +15,23 @@ from torch import Tensor
 
 #: Names the CUDA kernels compiled for the host (``tests/emulation``): the cuda backend then takes CPU tensors.
 CUDA_EMULATION = "FNAC_CUDA_EMULATION"
+#: Of a process that is a fork of this one, torch's OpenMP threads have not come along.
+_IMPORTED_BY = os.getpid()
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
     try:
-        return importlib.import_module("fnac_kernels._C"), None
+        loaded = importlib.import_module("fnac_kernels._C")
     except ImportError as error:
         return None, (
             f"the compiled module is missing or does not load ({error}); "
             "build it with `pip install -e .` in the repository (needs a C++20 compiler)"
         )
+    if os.getpid() != _IMPORTED_BY:
+        loaded.forked()
+    return loaded, None
 
 
 def module() -> ModuleType:

@@ -455,7 +455,7 @@ def _adjacency_fake(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n = logits.shape[0]
-    columns = getattr(_primitives(backend), "row_stats_columns", lambda *_: ROW_STATS)(n, weights)
+    columns = getattr(_primitives(backend), "row_stats_columns", lambda *_: ROW_STATS)(n, weights, adjacency_threshold)
     return _float(logits), _float(logits, 4), _float(logits, n, columns), _float(logits, n)
 
 

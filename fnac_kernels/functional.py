@@ -9,7 +9,8 @@ input's dtype. Under autocast the features are rounded to the autocast dtype fir
 first; ``reference`` where none is usable); a name is an order, never falls back, and says why it cannot be followed.
 
 Bad arguments raise ValueError or TypeError that name the argument, before any kernel runs. NaN and inf propagate as
-they do in plain PyTorch. Second derivatives exist on ``backend="reference"`` only.
+they do in plain PyTorch, except that a gradient reads the chosen cells alone: it is finite where only others are not.
+Second derivatives exist on ``backend="reference"`` only.
 
 Source of every formula: arXiv 2303.11302; :mod:`fnac_kernels.reference` spells them out.
 """

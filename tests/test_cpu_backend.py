@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -115,18 +116,21 @@ def test_what_the_forward_pass_keeps_is_what_the_backward_pass_would_compute(n, 
         return list(found)
 
     once, twice, by_others = gradients(1), gradients(2), gradients(1, 2 * threads + 1)
-    monkeypatch.setattr(backend, "row_stats_columns", lambda n, weights: 16)
+    monkeypatch.setattr(backend, "row_stats_columns", lambda *_: 16)
     anew = gradients(1)
     for got in (twice, anew):
         assert all(map(torch.equal, got, once))
     torch.testing.assert_close(by_others, anew)
 
 
+@pytest.mark.parametrize(
+    ("weights", "threshold"), [((1.0, 1.0, 1.0, 1.0), None), ((1.0, 0.0, 0.0, 1.0), 0.5)], ids=["all", "masked"]
+)
 @pytest.mark.parametrize("n", [1, 31, 33, 100, 257, 2048, 2300])
-def test_there_is_room_for_what_the_forward_pass_keeps_up_to_a_batch_where_it_would_be_much(n):
+def test_there_is_room_for_what_the_forward_pass_keeps_up_to_a_batch_where_it_would_be_much(n, weights, threshold):
     backend = _dispatch.BACKENDS["cpu"].load()
     logits, aud = torch.zeros(n, n), torch.zeros(n, 1)
-    _, _, row_stats, _ = backend.adjacency(logits, aud, aud, aud, 0.1, (1.0, 1.0, 1.0, 1.0), None)
+    _, _, row_stats, _ = backend.adjacency(logits, aud, aud, aud, 0.1, weights, threshold)
     rows_of_a_strip = row_stats.view(-1)[16 * n]
     assert (rows_of_a_strip > 0) == (n <= 2048)
 
@@ -175,6 +179,71 @@ def test_a_forked_child_computes_too():
     img, aud = features()
     expected = fk.max_logits(img, aud, backend="cpu")
     assert holds_in_a_forked_child(lambda: torch.equal(fk.max_logits(img, aud, backend="cpu"), expected))
+
+
+@pytest.mark.parametrize("used", ["not at all", "by one thread"])
+def test_a_child_of_a_process_that_has_threads_of_torchs_alone_computes_too(used):
+    code = f"""
+import sys, torch
+sys.path.append({str(Path(__file__).parent)!r})
+from forks import holds_in_a_forked_child
+torch.set_num_threads(2)
+torch.ones(1 << 20).exp()  # torch's threads
+import fnac_kernels as fk
+img, aud = torch.ones(37, 64, 7, 7), torch.ones(37, 64)
+if {used == "by one thread"}:
+    torch.set_num_threads(1)
+    fk.max_logits(img, aud, 1.0, backend="cpu")
+    torch.set_num_threads(2)
+assert holds_in_a_forked_child(lambda: fk.max_logits(img, aud, 1.0, backend="cpu").tolist() == [[64.0] * 37] * 37)
+"""
+    subprocess.run([sys.executable, "-c", code], timeout=300, check=True)
+
+
+@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer needs the address space")
+def test_where_no_thread_can_be_started_the_caller_computes_alone():
+    img, aud = features()
+    expected = fk.max_logits(img, aud, backend="cpu")
+
+    def child() -> bool:
+        torch.set_num_threads(1)
+        fk.max_logits(img, aud, backend="cpu")  # its memory is there from now on
+        torch.set_num_threads(12)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + (4 << 20)  # a stack takes more
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        return torch.equal(fk.max_logits(img, aud, backend="cpu"), expected)
+
+    assert holds_in_a_forked_child(child)
+
+
+@pytest.fixture
+def _flushed_denormals():
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush denormals")
+    yield
+    torch.set_flush_denormal(False)
+
+
+def test_all_threads_flush_denormals_where_the_caller_does(request):
+    img, aud = torch.full((512, 256, 7, 7), 1e-39), torch.full((512, 256), 1e10)
+    assert bool((fk.paired_maps(img, aud, 1.0, backend="cpu") > 0).all())
+    request.getfixturevalue("_flushed_denormals")
+    for _ in range(5):
+        assert not fk.paired_maps(img, aud, 1.0, backend="cpu").any()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_float16_denormal_is_no_float32_denormal(isa):
+    code = """
+import torch, fnac_kernels as fk
+torch.set_flush_denormal(True)
+for value in (2.0**-24, 1000 * 2.0**-24, 2.0**-14, -3 * 2.0**-24):
+    img, aud = torch.full((2, 64, 5, 5), value, dtype=torch.float16), torch.ones(2, 64, dtype=torch.float16)
+    assert fk.max_logits(img, aud, 1.0, backend="cpu").tolist() == [[64 * value] * 2] * 2, value
+"""
+    done = run_pinned(isa, "-c", code)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

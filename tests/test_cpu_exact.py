@@ -121,6 +121,30 @@ def test_norms_of_all_sizes_at_once():
 
 
 @pytest.mark.parametrize(
+    ("low", "high", "norm"), [(128, 256, None), (-1100, 1100, 32000.0)], ids=["bfloat16", "integers"]
+)
+def test_a_large_map_whose_pieces_have_norms_of_their_own(low, high, norm):
+    """Narrowing turns a cell of similarity 0 in a piece of large norms into more than the best one, in a piece of small
+    norms. In the first piece every value is a number that narrowing keeps - 0.49 in the sound's direction."""
+    c, cells = 513, 28 * 28
+    signs = torch.where(torch.rand(c, dtype=torch.float64) < 0.5, -1.0, 1.0)
+    signs[0] = 0
+    values = torch.randint(low, high - 1, (c // 2,), dtype=torch.float64)
+    values = torch.stack([values + (torch.arange(c // 2) < 0.49 * (c - 1)), -values], 1)  # pairs whose sum is 1, or 0
+    deceiver = signs * torch.cat([torch.zeros(1), values.flatten() - 0.49])
+    if norm is not None:
+        deceiver[0] = (norm**2 - deceiver.square().sum()).sqrt()  # so that integers count in units of 1
+    sound, size = signs / c**0.5, deceiver.norm()
+    away = -sound + 0.3 * torch.randn(cells, c, dtype=torch.float64) / c**0.5
+    img = away * size * torch.where(torch.arange(cells) < cells // 2, 0.3, 1e-3)[:, None]
+    img[0] = deceiver
+    img[600] = 0.2 * c**0.5 * sound
+    img = img.t().reshape(1, c, 28, 28)
+    assert similarities(img, sound[None]).argmax() == 600
+    assert_exact(img.float().repeat(3, 1, 1, 1), sound.float() * torch.tensor([1.0, 0.7, 1e4])[:, None])
+
+
+@pytest.mark.parametrize(
     ("n", "m", "c", "h", "w"),
     [
         (1, 1, 1, 1, 1),
@@ -175,6 +199,12 @@ def test_medium_precision_allows_bfloat16_products_and_no_less(layout):
     img, aud = F.normalize(torch.randn(9, 64, 13, 70), dim=1), F.normalize(torch.randn(70, 64), dim=1)
     regret, error = judge(img.contiguous(memory_format=layout), aud)
     assert max(regret, error) < 2.0**-7
+
+
+@pytest.mark.usefixtures("_medium")
+def test_medium_precision_is_of_float32_products_alone():
+    img, aud = near_ties(1e-3)
+    assert_exact(img.half(), aud.half())
 
 
 def test_the_callers_floating_point_mode_is_left_alone():

@@ -157,7 +157,7 @@ def test_a_small_gradient_has_its_own_block_again_and_frees_no_large_one():
 def test_large_scratch_borrows_any_block_that_is_large_enough_and_leaves_it_as_it_was(monkeypatch):
     memory = _native.module().KeptMemory
     # Without room for them in the results:
-    monkeypatch.setattr(_dispatch.BACKENDS["cpu"].load(), "row_stats_columns", lambda n, weights: 16)
+    monkeypatch.setattr(_dispatch.BACKENDS["cpu"].load(), "row_stats_columns", lambda *_: 16)
     n = 1200  # half of three matrices of n x n in float32: 9 MB
     inputs = torch.randn(n, n), torch.randn(n, 16), torch.randn(n, 16), torch.randn(n, 16)
     fk.adjacency_contrastive(*inputs, backend="cpu")

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 namespace fnac::tiles {
+namespace {
 
 constexpr int kTiles = 8;
 
@@ -66,4 +67,5 @@ void add_product() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kA), "i"(kB));
 }
 
+}  // namespace
 }  // namespace fnac::tiles

@@ -7,6 +7,7 @@
 #include "cpu/amx_instructions.h"
 
 namespace fnac::tiles {
+namespace {
 
 constexpr int64_t kRows = 16, kRowBytes = 64;
 
@@ -49,4 +50,5 @@ class Configured {
     }
 };
 
+}  // namespace
 }  // namespace fnac::tiles

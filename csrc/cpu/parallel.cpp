@@ -10,8 +10,10 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <cfenv>
 #include <cstdlib>
 #include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -22,24 +24,41 @@ namespace {
 
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
-std::atomic<bool> forked{false};
+std::atomic<bool> in_fork{false};
+// At once: torch may have a team before the first call that wants one.
+[[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, forked);
 
 GompParallel openmp_team() {
-    static const GompParallel entry = [] {
-        pthread_atfork(nullptr, nullptr, [] { forked = true; });
-        return reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-    }();
-    return forked ? nullptr : entry;
+    static const auto entry = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    return in_fork ? nullptr : entry;
 }
+
+// The caller's floating-point mode, which may flush denormals, in a worker: whoever takes a task, its result
+// is the same.
+class FloatingPointMode {
+  public:
+    explicit FloatingPointMode(const std::fenv_t& mode) {
+        std::fegetenv(&before_);
+        std::fesetenv(&mode);
+    }
+    ~FloatingPointMode() { std::fesetenv(&before_); }
+    FloatingPointMode(const FloatingPointMode&) = delete;
+    FloatingPointMode& operator=(const FloatingPointMode&) = delete;
+
+  private:
+    std::fenv_t before_;
+};
 
 struct Region {
     void (*body)(void*, int64_t, int);
     void* context;
     int64_t tasks;
+    std::fenv_t mode;
     std::atomic<int64_t> next{0};
     std::atomic<int> workers{0};
 
     void work() {
+        const FloatingPointMode as_the_callers(mode);
         const int worker = workers.fetch_add(1);
         for (int64_t task; (task = next.fetch_add(1)) < tasks;) body(context, task, worker);
     }
@@ -47,20 +66,29 @@ struct Region {
 
 }  // namespace
 
+void forked() { in_fork = true; }
+
 void parallel_for(int threads, int64_t tasks, void (*body)(void*, int64_t, int), void* context) {
     const int workers = static_cast<int>(tasks < threads ? tasks : threads);
     if (workers <= 1) {
         for (int64_t task = 0; task < tasks; ++task) body(context, task, 0);
         return;
     }
-    Region region{body, context, tasks};
+    Region region{body, context, tasks, {}};
+    std::fegetenv(&region.mode);
     const auto work = [](void* r) { static_cast<Region*>(r)->work(); };
     if (const GompParallel team = openmp_team()) {
         team(work, &region, static_cast<unsigned>(workers), 0);
         return;
     }
     std::vector<std::thread> helpers;
-    for (int i = 1; i < workers; ++i) helpers.emplace_back([&region] { region.work(); });
+    helpers.reserve(workers - 1);
+    try {
+        while (helpers.size() + 1 < static_cast<size_t>(workers))
+            helpers.emplace_back([&region] { region.work(); });
+    } catch (const std::system_error&) {
+        // No more threads are to be had: those that there are do all tasks.
+    }
     region.work();
     for (auto& helper : helpers) helper.join();
 }

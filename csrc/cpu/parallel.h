@@ -18,6 +18,10 @@ void parallel_for(int threads, int64_t tasks, F&& body) {
         &body);
 }
 
+// Says that this is a child process, whose OpenMP team has no threads. Of forks after this module was loaded
+// it knows.
+void forked();
+
 class KeptMemory;
 
 // Scratch memory, 64-byte aligned, freed on destruction; large ones lie in kept memory. Throws std::bad_alloc

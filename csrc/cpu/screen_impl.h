@@ -19,9 +19,10 @@
 // exact in float32, each of at most C additions rounds by 2^-24 of the partial sum, which sum |x^_i a^_i| <=
 // |x^||a^| bounds; twice that leaves room for the rounding of eps, of the norms and of the comparison. Of
 // int16 values (int16_impl.h): sums are exact in int32, and making a float32 of one, in units of two scales,
-// rounds three times by 2^-24. If p wins in exact arithmetic and q on the screen, S~(p) >= S(p) - eps >= S(q)
-// - eps >= S~(q) - 2 eps: so among the cells within 2 eps of the screen's maximum is every exact winner.
-// Those are multiplied again in float32, in order of cells, and the first largest wins. Denormals may be
+// rounds three times by 2^-24. S~(q) - eps(q) of any cell q bounds the maximum from below, so a cell p with
+// S~(p) + eps(p) less than that is no winner. The bounds of a vector are the largest of its image's cells, or
+// of the piece's where an image comes in pieces, each of which then has an eps of its own. The cells that may
+// win are multiplied again in float32, in order of cells, and the first largest wins. Denormals may be
 // flushed to zero: with norms in [2^-40, 2^60] (or 0) what that takes from products, and from the squares of
 // residuals, fits in the third term's room; anything else, NaN and infinity included, goes to the float32
 // kernel, as do images whose candidates are so many that the whole product is cheaper (constant maps).
@@ -190,7 +191,7 @@ class Worker {
         const int64_t cells = capacity(img_) + kTileRows, c = img_.c;
         tiles_ = take<uint16_t>(memory, cells * sounds.depth * kTileDepth);
         products_ = take<float>(memory, (cells + kTileRows) * kWidth);
-        highest_ = take<float>(memory, kPanelsPerTask * kWidth);
+        least_ = take<float>(memory, kPanelsPerTask * kWidth);
         candidates_ = take<Candidate>(memory, kWidth * (cells + kSpare));
         stride_ = cells + kSpare;
         rows_ = take<float>(memory, cells * padded(c));
@@ -232,7 +233,7 @@ class Worker {
                     continue;
                 }
             }
-            screen(i, index, highest_ + (index - first_panel) * kWidth);
+            screen(i, index, least_ + (index - first_panel) * kWidth);
         }
         for (int64_t lane = 0; lane < kWidth; ++lane) refine(lane, index * kWidth + lane);
     }
@@ -247,7 +248,7 @@ class Worker {
     uint8_t* dense_;         // by image: left to the float32 kernel
     uint16_t* tiles_;        // [cells / 16][c / 32][16][32]
     float* products_;        // [cells][kWidth]
-    float* highest_;         // the screen's maximum so far, where an image comes in pieces
+    float* least_;           // what the maximum is at least, where an image comes in pieces
     float* rows_;            // [cells][c], where the image itself has no such rows
     Candidate* candidates_;  // [kWidth sounds][stride_]: cells of the group to multiply again, in order
     int64_t stride_;
@@ -334,8 +335,8 @@ class Worker {
         return V::load(products);
     }
 
-    // Notes which cells of an image may win: those within 2 eps of the screen's maximum.
-    void screen(int64_t i, int64_t panel, float* highest) {
+    // Notes which cells of an image may win, by `least` of the pieces before.
+    void screen(int64_t i, int64_t panel, float* least) {
         const float* products = products_ + i * cells_.count * kWidth;
         const int64_t row = (cells_.image + i) * sounds_.m;
         const float gamma = static_cast<float>(img_.c + 16) * 0x1p-23f;
@@ -345,19 +346,21 @@ class Worker {
         std::memcpy(before, found_, sizeof(before));
         for (int64_t half = 0; half < kWidth; half += V::kLanes) {
             const int64_t m0 = panel * kWidth + half, columns = smaller(V::kLanes, sounds_.m - m0);
-            if (columns <= 0) return;
+            if (columns <= 0) break;
             if (cells_.begin == 0)
                 V::store_n(job_.logits + row + m0, V::set(-std::numeric_limits<float>::infinity()), columns);
             const F unit = V::mul(V::set(scales_[i]), V::load(sounds_.scales.template as<float>() + m0));
-            F top = cells_.begin ? V::load(highest + half) : similarity(products + half, unit);
-            for (int64_t p = 0; p < cells_.count; ++p)
+            F top = similarity(products + half, unit);
+            for (int64_t p = 1; p < cells_.count; ++p)
                 top = V::max(top, similarity(products + p * kWidth + half, unit));
-            V::store(highest + half, top);
             const F sound = V::load(sounds_.norms.template as<float>() + m0),
                     lost = V::load(sounds_.residuals.template as<float>() + m0);
             const F eps = V::fma(V::set(norms_[i].residual + gamma * whole), V::add(sound, lost),
                                  V::mul(V::set(whole), lost));
-            const F floor = V::fma(V::set(-2.f), eps, top);
+            top = V::sub(top, eps);
+            if (cells_.begin > 0) top = V::max(top, V::load(least + half));
+            V::store(least + half, top);
+            const F floor = V::sub(top, eps);
             for (int64_t p = 0; p < cells_.count; p += 64)
                 budget -= note(i, p, half, columns, products + half, unit, floor);
         }

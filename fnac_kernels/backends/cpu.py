@@ -17,15 +17,16 @@ _MOST_KEPT = 2048
 _KEPT_FROM = 1 << 20
 
 
-def row_stats_columns(n: int, weights: Sequence[float]) -> int:
-    """16 statistics, and room for half of each of A, F and I that a weighted distance reads.
+def row_stats_columns(n: int, weights: Sequence[float], adjacency_threshold: float | None) -> int:
+    """16 statistics, and room for half of each of A, F and I that a weighted term reads.
 
     That is in strips of up to 64 rows, columns in panels of up to 32. Of much more than ``_MOST_KEPT`` rows
     they do not fit, and the backward pass computes them again. There is no branch, because ``n`` is symbolic where a
     program is traced for any batch size.
     """
-    _, fns_audio, tne, fns_visual = map(bool, weights)
-    matrices = (fns_audio or tne) + tne + fns_visual
+    nce, fns_audio, tne, fns_visual = map(bool, weights)
+    masked = nce and adjacency_threshold is not None
+    matrices = (fns_audio or tne or masked) + tne + fns_visual
     return _ROW_STATS + matrices * (torch.sym_min(n, _MOST_KEPT) // 2 + 145 + 3008 // n)
 
 
@@ -42,7 +43,9 @@ def _gradient_of(img: Tensor) -> Tensor:
 
 
 def _bfloat16_products(img: Tensor, aud: Tensor) -> bool:
-    return torch.bfloat16 in (img.dtype, aud.dtype) or torch.get_float32_matmul_precision() == "medium"
+    if img.dtype == aud.dtype == torch.float32:
+        return torch.get_float32_matmul_precision() == "medium"
+    return torch.bfloat16 in (img.dtype, aud.dtype)
 
 
 def _empty_logits(img: Tensor, aud: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,10 +60,12 @@ def _empty_pools(img: Tensor, pooled: bool) -> tuple[Tensor, Tensor, Tensor, Ten
     return maps, mask, _floats(img, rows, c), _floats(img, rows, c)
 
 
-def _empty_terms(aud: Tensor, weights: Sequence[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty_terms(
+    aud: Tensor, weights: Sequence[float], adjacency_threshold: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n = len(aud)
     loss, terms = aud.new_empty((), dtype=torch.float32), _floats(aud, 4)
-    return loss, terms, _floats(aud, n, row_stats_columns(n, weights)), _floats(aud, n)
+    return loss, terms, _floats(aud, n, row_stats_columns(n, weights, adjacency_threshold)), _floats(aud, n)
 
 
 def max_logits(img: Tensor, aud: Tensor, tau: float) -> tuple[Tensor, Tensor]:
@@ -136,7 +141,7 @@ def adjacency(
     adjacency_threshold: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, c = aud.shape
-    outputs, wide = _empty_terms(aud, weights), aud.float()
+    outputs, wide = _empty_terms(aud, weights, adjacency_threshold), aud.float()
     _kernels.adjacency(
         _native.addresses(logits, wide, img_avg, foreground),
         n,
@@ -197,7 +202,7 @@ def loss(
     """``max_logits``, ``pool_pairs`` and ``adjacency`` in one call: Python between kernels starts from cold caches."""
     logits, argmax = _empty_logits(img, aud)
     maps, mask, img_avg, foreground = _empty_pools(img, pooled)
-    value, terms, row_stats, col_lse = _empty_terms(aud, weights)
+    value, terms, row_stats, col_lse = _empty_terms(aud, weights, adjacency_threshold)
     wide = aud.float()
     _kernels.loss(
         _native.image(img),

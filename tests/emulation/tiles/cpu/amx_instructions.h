@@ -9,6 +9,7 @@
 #include <cstring>
 
 namespace fnac::tiles {
+namespace {
 
 constexpr int kTiles = 8;
 
@@ -107,4 +108,5 @@ void add_product() {
     std::memcpy(&configured<kSum>(), sum, sizeof(sum));
 }
 
+}  // namespace
 }  // namespace fnac::tiles
