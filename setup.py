@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -26,9 +27,9 @@ def cuda_options(environment: Mapping[str, str]) -> list[str]:
     choice = environment.get("FNAC_CUDA") or "auto"
     if choice not in CUDA_CHOICES:
         raise SystemExit(f"fnac_kernels: FNAC_CUDA is {choice!r}; it should be one of {', '.join(CUDA_CHOICES)}")
-    architectures = environment.get("CMAKE_CUDA_ARCHITECTURES") or _from_torch(
-        environment.get("TORCH_CUDA_ARCH_LIST", "")
-    )
+    architectures = environment.get("CMAKE_CUDA_ARCHITECTURES", "")
+    if not architectures and choice != "off":
+        architectures = _from_torch(environment.get("TORCH_CUDA_ARCH_LIST", ""))
     # Both always, the empty list for the default, so that nothing of an earlier build stays.
     return [f"-DFNAC_CUDA={choice}", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"]
 
@@ -53,7 +54,7 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = ROOT / "build" / "native"
+        build = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
         self._step(
             "configure",
@@ -61,6 +62,8 @@ class CMakeBuild(build_ext):
             f"-S{ROOT}",
             f"-B{build}",
             "-GNinja",
+            # Again each time: the one of the last build may have been in pip's temporary environment.
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja') or 'ninja'}",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",

@@ -49,7 +49,8 @@ class Backend:
 
     @property
     def emulated(self) -> bool:
-        return self.emulation is not None and os.environ.get(self.emulation, "") not in ("", "0")
+        value = os.environ.get(self.emulation, "") if self.emulation else ""
+        return value.lower() not in ("", "0", "false", "off")
 
     @property
     def takes(self) -> str:
@@ -59,7 +60,13 @@ class Backend:
     @functools.cached_property
     def problem(self) -> str | None:
         """None when usable here, otherwise one sentence that says why not and what would help."""
-        return self.probe()
+        reason = self.probe()
+        if reason is None:
+            try:
+                _ = self._imported
+            except Exception as error:  # of whatever kind: a package that it needs may be of another version
+                reason = f"it does not import: {type(error).__name__}: {error}"
+        return reason
 
     @functools.cached_property
     def _imported(self) -> Any:

@@ -72,7 +72,7 @@ def _numbers(value: float | Sequence[float] | None) -> Sequence[float]:
 def _shown(name: str, value: float) -> str:
     if name == "dtypes":
         return str(DTYPES[int(value)])
-    return "None" if value == math.inf else f"{value:g}"
+    return "None" if value == math.inf else repr(value).removesuffix(".0")
 
 
 class _Gather(torch.autograd.Function):
@@ -156,7 +156,8 @@ def adjacency_contrastive(
     own = torch.cat((torch.stack((nce, fns_audio, tne, fns_visual)), columns, positives))
     # By rank, so that all processes sum up in one order.
     parts = _Gather.apply(own[None], Shares((1,) * len(shares.sizes), shares.rank, shares.group))
-    nce, fns_audio, tne, fns_visual = parts[:, :4].sum(0).unbind()
+    sums = parts[:, :4].sum(0)
+    nce, fns_audio, tne, fns_visual = (sums[i] for i in range(4))  # unbind's views nobody may change in place
     if weights[0]:
         columns, positives = parts[:, 4:].tensor_split(2, 1)
         nce = nce + (columns.logsumexp(0) - positives.sum(0)).mean()

@@ -12,7 +12,8 @@ from fnac_kernels import _dispatch, _native
 
 
 def info() -> dict[str, Any]:
-    """Versions, devices, instruction sets, and per backend None (usable) or the reason why it is not."""
+    """Versions, devices, instruction sets, per backend None (usable) or the reason why it is not, the automatic choice,
+    and the backend that is ordered instead, if one is."""
     return {
         "versions": {
             "fnac_kernels": _version("fnac-kernels"),
@@ -27,8 +28,20 @@ def info() -> dict[str, Any]:
         },
         "cuda": _native.cuda_features(),
         "backends": _dispatch.explain(),
+        "ordered": _ordered(),
         "automatic": {device: _dispatch.automatic(device) or _dispatch.REFERENCE for device in _dispatch.DEVICES},
     }
+
+
+def _ordered() -> str | None:
+    """The backend that :class:`use_backend` or ``FNAC_BACKEND`` orders, or why that cannot be followed."""
+    try:
+        name = _dispatch.requested(None)
+        if name is not None and name != _dispatch.REFERENCE:
+            _dispatch.BACKENDS[name].load()
+        return name
+    except (ValueError, RuntimeError) as error:
+        return str(error)
 
 
 def _version(distribution: str) -> str:
@@ -50,4 +63,6 @@ def render() -> str:
     for name, problem in facts["backends"].items():
         lines.append(f"backend {name:<12}{'usable' if problem is None else 'not usable: ' + problem}")
     lines += [f"{device} tensors run on {name}" for device, name in facts["automatic"].items()]
+    if facts["ordered"] is not None:
+        lines.append(f"ordered instead: {facts['ordered']}")
     return "\n".join(lines)

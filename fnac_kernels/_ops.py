@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
 
 from fnac_kernels import _dispatch
@@ -42,6 +43,15 @@ def _plain(tensors: list[Tensor]) -> bool:
     return not keys & ~_PLAIN and not has_torch_function(tensors)
 
 
+def _no_tangents(tensors: list[Tensor]) -> None:
+    """An operator in Python that has no derivative in forward mode would drop tangents without a word."""
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            "fnac_kernels' compiled backends have no derivatives in forward mode; use backend='reference' where you "
+            "need them"
+        )
+
+
 def _recorded(tensors: list[Tensor]) -> bool:
     """Whether autograd wants to know of a call with these tensors."""
     return torch.is_grad_enabled() and bool([x for x in tensors if x.requires_grad])
@@ -54,10 +64,16 @@ def _function(name: str, run: Any, setup_context: Any, results: Any, backward: A
         outputs = run(*args)
         if setup_context is not None:
             setup_context(ctx, args, outputs)
-        return results(*outputs)
+        # Nor a view that a Function made.
+        return tuple(x.data if x._is_view() else x for x in results(*outputs))
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(name, (torch.autograd.Function,), methods)
+
+
+def scalars(terms: Tensor) -> list[Tensor]:
+    """The elements of ``terms (4,)``, one by one: autograd lets nobody change one of ``unbind``'s views in place."""
+    return [terms[i] for i in range(4)]
 
 
 def _all(*outputs: Tensor) -> tuple[Tensor, ...]:
@@ -113,6 +129,7 @@ def _define(
     def call(*args: Any) -> Any:
         if not torch.compiler.is_dynamo_compiling():
             tensors = [x for x in args[:given] if isinstance(x, Tensor)]
+            _no_tangents(tensors)
             if _plain(tensors):
                 return record(*args) if _recorded(tensors) else results(*kernel(*args))
         return results(*op(*args))
@@ -568,7 +585,9 @@ def _fnac_loss_fake(
 ) -> tuple[Tensor, ...]:
     logits, argmax = _max_logits_fake(img, aud, tau, backend)
     maps, mask, avg, foreground = _pool_pairs_fake(img, aud, tau, threshold, _needs_pooled(weights), backend)
-    loss, terms, row_stats, col_lse = _adjacency_fake(logits, aud, avg, foreground, tau, weights, None, backend)
+    loss, terms, row_stats, col_lse = _adjacency_fake(
+        logits, aud, avg, foreground, tau, weights, adjacency_threshold, backend
+    )
     return loss, terms, maps, logits, argmax, mask, avg, foreground, row_stats, col_lse
 
 
@@ -598,7 +617,7 @@ def _fnac_loss_backward(
 
 
 def _fnac_loss_results(loss: Tensor, terms: Tensor, maps: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-    return loss, *terms.unbind(), maps
+    return loss, *scalars(terms), maps
 
 
 def _fnac_loss_results_backward(ctx: Any, grad_loss: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

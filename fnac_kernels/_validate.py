@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -13,10 +14,13 @@ MAX_CELLS = 65535  # a cell's index is kept in 16 bits
 
 
 def features(img: Tensor, aud: Tensor, *, paired: bool = False) -> None:
-    """``img`` is a feature map (N, C, H, W) and ``aud`` an embedding (M, C) of the same dtype on the same device."""
+    """``img`` is a feature map (N, C, H, W) and ``aud`` an embedding (M, C) on the same device.
+
+    Whether their dtypes may differ depends on autocast: see :func:`one_dtype`.
+    """
     tensor(img, "img", 4, "(N, C, H, W)")
     tensor(aud, "aud", 2, "(M, C)")
-    same(aud, "aud", img, "img")
+    one_device(aud, "aud", img, "img")
     (n, c, h, w), (m, channels) = img.shape, aud.shape
     if c != channels:
         raise ValueError(f"aud has {channels} channels, img has {c}; they should be equal")
@@ -35,20 +39,25 @@ def cells(h: int, w: int) -> None:
 def tensor(x: Tensor, name: str, dims: int, shape: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}; it should be a torch.Tensor of shape {shape}")
-    if x.dim() != dims:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; it should be {shape}")
+    if x.is_nested:
+        raise TypeError(f"{name} is a nested tensor; it should be dense, as its to_padded_tensor() is")
     if x.layout != torch.strided:
         raise TypeError(f"{name} is a tensor of layout {x.layout}; it should be dense, as its to_dense() is")
+    if x.dim() != dims:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; it should be {shape}")
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} is {x.dtype}; it should be float32, bfloat16, float16 or float64")
     if x.numel() == 0:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, which is empty; every size should be at least 1")
 
 
-def same(x: Tensor, name: str, other: Tensor, other_name: str, *, dtype: bool = True) -> None:
+def one_device(x: Tensor, name: str, other: Tensor, other_name: str) -> None:
     if x.device != other.device:
         raise ValueError(f"{name} is on {x.device}, {other_name} on {other.device}; they should be on one device")
-    if dtype and x.dtype != other.dtype:
+
+
+def one_dtype(x: Tensor, name: str, other: Tensor, other_name: str) -> None:
+    if x.dtype != other.dtype:
         raise TypeError(f"{name} is {x.dtype}, {other_name} is {other.dtype}; they should have one dtype")
 
 
@@ -65,14 +74,15 @@ def temperature(tau: float) -> float:
 
 
 def number(value: float, name: str) -> float:
-    if type(value) is float and math.isfinite(value):
+    # Comparisons, because math.isfinite of a number that changes between calls is nothing that torch.compile traces.
+    if type(value) is float and -math.inf < value < math.inf:
         return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float, numbers.Real)) and not isinstance(value, bool):
         try:
             value = float(value)
         except OverflowError:  # an integer
             value = math.inf
-        if not math.isfinite(value):
+        if not -math.inf < value < math.inf:
             raise ValueError(f"{name} is {value}; it should be finite")
         return value
     if isinstance(value, Tensor):

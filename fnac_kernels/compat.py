@@ -69,7 +69,7 @@ def _is_arange(index: Any, length: int) -> bool:
         isinstance(index, Tensor)
         and index.shape == (length,)
         and index.dtype in (torch.int64, torch.int32)
-        and torch.equal(index.cpu(), torch.arange(length, dtype=index.dtype))
+        and torch.equal(index.cpu(), torch.arange(length, dtype=index.dtype, device="cpu"))
     )
 
 

@@ -10,7 +10,8 @@ first; ``reference`` where none is usable); a name is an order, never falls back
 
 Bad arguments raise ValueError or TypeError that name the argument, before any kernel runs. NaN and inf propagate as
 they do in plain PyTorch, except that a gradient reads the chosen cells alone: it is finite where only others are not.
-Second derivatives exist on ``backend="reference"`` only.
+Second derivatives, and derivatives in forward mode, exist on ``backend="reference"`` only, and not of
+:func:`distributed_fnac_loss`. Under ``torch.compile`` each other ``tau`` or ``weights`` compiles anew.
 
 Source of every formula: arXiv 2303.11302; :mod:`fnac_kernels.reference` spells them out.
 """
@@ -42,17 +43,28 @@ def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
+def _autocast_dtype(img: Tensor, aud: Tensor) -> torch.dtype | None:
+    """What autocast rounds these features to; None where it leaves them alone."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
+    device = img.device.type
+    if torch.float64 in (img.dtype, aud.dtype) or not _has_autocast(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def _autocast(backend: str, img: Tensor, aud: Tensor) -> tuple[Tensor, Tensor]:
     """The features in the dtype that autocast asks for on their device; unchanged outside autocast.
 
     Float32 maps stay as they are for a backend that rounds them itself: the embeddings' dtype tells it what to.
+
+    Raises:
+        TypeError: autocast leaves them as they are, and their dtypes differ.
     """
-    if not torch._C._is_any_autocast_enabled():
+    dtype = _autocast_dtype(img, aud)
+    if dtype is None:
+        _validate.one_dtype(aud, "aud", img, "img")
         return img, aud
-    device = img.device.type
-    if img.dtype == torch.float64 or not _has_autocast(device) or not torch.is_autocast_enabled(device):
-        return img, aud
-    dtype = torch.get_autocast_dtype(device)
     keeps = backend in _ROUNDS_ITSELF and img.dtype == torch.float32
     return img if keeps else img.to(dtype), aud.to(dtype)
 
@@ -97,7 +109,7 @@ def fnac_loss(
 
     Returns:
         FNACOutput of scalars ``loss, nce, fns_audio, tne, fns_visual`` and ``maps (N, H, W)``, the similarity of each
-        matched pair divided by tau. All are differentiable.
+        matched pair divided by tau. All are differentiable, but for terms of weight 0, which are constants.
 
     Raises:
         ValueError, TypeError: an argument is not as described here.
@@ -250,7 +262,7 @@ def foreground_pool(img: Tensor, maps: Tensor, threshold: float = 0.6, *, backen
     _validate.tensor(img, "img", 4, "(N, C, H, W)")
     _validate.cells(*img.shape[2:])
     _validate.tensor(maps, "maps", 3, "(N, H, W)")
-    _validate.same(maps, "maps", img, "img", dtype=False)
+    _validate.one_device(maps, "maps", img, "img")
     _validate.shape(maps, "maps", (img.shape[0], *img.shape[2:]), "img's (N, H, W)")
     threshold = _validate.number(threshold, "threshold")
     name = _backend(backend, img)
@@ -286,7 +298,7 @@ def adjacency_contrastive(
     _validate.shape(logits, "logits", (n, n), "(N, N)")
     for x, label in ((aud, "aud"), (img_avg, "img_avg"), (foreground, "foreground")):
         _validate.tensor(x, label, 2, "(N, C)")
-        _validate.same(x, label, logits, "logits", dtype=False)
+        _validate.one_device(x, label, logits, "logits")
         _validate.shape(x, label, (n, aud.shape[1]), "(N, C)")
     tau = _validate.temperature(tau)
     weights = _validate.weights(weights)
@@ -301,4 +313,4 @@ def adjacency_contrastive(
                 logits, aud, img_avg, foreground, tau, weights=weights, adjacency_threshold=adjacency_threshold
             )
     _, terms, *_ = _ops.adjacency_contrastive(logits, aud, img_avg, foreground, tau, weights, adjacency_threshold, name)
-    return Terms(*terms.unbind())
+    return Terms(*_ops.scalars(terms))

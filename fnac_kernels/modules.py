@@ -20,7 +20,7 @@ class FNACLoss(nn.Module):
     """:func:`fnac_kernels.fnac_loss` with its settings kept; it has no parameters.
 
     ``weights`` can be set between steps: ``(1, 0, 0, 0)`` during the NCE-only warm-up epochs, the published
-    ``(1, 100, 100, 100)`` after them. Settings are checked when they are set.
+    ``(1, 100, 100, 100)`` after them. Numbers are checked when the module is made, and ``weights`` whenever it is set.
 
     With ``distributed`` it is :func:`fnac_kernels.distributed_fnac_loss` over ``process_group``.
     """

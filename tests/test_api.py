@@ -10,6 +10,7 @@ import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -49,6 +50,7 @@ FEATURE_ERRORS = [
     (("text", AUD), TypeError, r"img is a str; it should be a torch\.Tensor of shape \(N, C, H, W\)"),
     ((IMG, None), TypeError, r"aud is a NoneType"),
     ((IMG, AUD.to_sparse()), TypeError, r"aud is a tensor of layout torch\.sparse_coo; it should be dense"),
+    ((torch.nested.as_nested_tensor([AUD, AUD]), AUD), TypeError, "img is a nested tensor; it should be dense"),
     ((IMG[0], AUD), ValueError, r"img has shape \(8, 3, 3\); it should be \(N, C, H, W\)"),
     ((IMG, AUD[:, :, None]), ValueError, r"aud has shape \(4, 8, 1\); it should be \(M, C\)"),
     ((IMG.long(), AUD), TypeError, r"img is torch\.int64; it should be float32, bfloat16, float16 or float64"),
@@ -93,6 +95,11 @@ def test_bad_features_are_named(name, features, error, message):
 def test_bad_temperatures_are_named(name, tau, error, message):
     with pytest.raises(error, match=message):
         getattr(fk, name)(IMG, AUD, tau)
+
+
+def test_numbers_may_be_numpys():
+    wanted = fk.fnac_loss(IMG, AUD, 0.5, weights=(1, 2, 3, 4)).loss
+    assert torch.equal(fk.fnac_loss(IMG, AUD, np.float32(0.5), weights=tuple(np.arange(1, 5))).loss, wanted)
 
 
 @pytest.mark.usefixtures("_no_kernel")
@@ -292,6 +299,9 @@ def test_an_emulated_backend_takes_cpu_tensors_and_is_never_chosen_by_itself(mon
     monkeypatch.setitem(_dispatch.BACKENDS, "cuda", emulated)
     monkeypatch.delenv("SOME_VARIABLE", raising=False)
     assert emulated.takes == "cuda"
+    for off in ("0", "False", "off"):
+        monkeypatch.setenv("SOME_VARIABLE", off)
+        assert emulated.takes == "cuda"
     monkeypatch.setenv("SOME_VARIABLE", "/a/module.so")
     assert emulated.takes == "cpu"
     assert _dispatch.select("cuda", "cpu", torch.float32) == "cuda"
@@ -299,6 +309,16 @@ def test_an_emulated_backend_takes_cpu_tensors_and_is_never_chosen_by_itself(mon
         _dispatch.select("cuda", "cuda", torch.float32)
     assert _dispatch.automatic("cpu") != "cuda"
     assert _dispatch.automatic("cuda") != "cuda"
+
+
+def test_a_backend_that_does_not_import_is_explained_and_not_chosen(monkeypatch):
+    broken = _dispatch.Backend("cpu", "fnac_kernels.backends.of_another_version", "cpu", lambda: None)
+    monkeypatch.setitem(_dispatch.BACKENDS, "cpu", broken)
+    assert _dispatch.automatic("cpu") is None
+    with pytest.raises(
+        RuntimeError, match=r"'cpu' is not available: it does not import: ModuleNotFoundError: No module"
+    ):
+        fk.use_backend("cpu")
 
 
 @pytest.mark.parametrize(("capability", "first"), [((9, 0), "cuda"), ((8, 0), "triton"), ((10, 0), "triton")])
@@ -322,6 +342,13 @@ def test_info_and_its_command():
     for name, problem in facts["backends"].items():
         assert f"backend {name}" in printed
         assert problem is None or problem in printed
+
+
+@pytest.mark.parametrize(("name", "said"), [("reference", "reference"), ("gpu", "FNAC_BACKEND is 'gpu'; it should be")])
+def test_info_names_an_order(name, said):
+    env = os.environ | {"FNAC_BACKEND": name}
+    done = subprocess.run([sys.executable, "-m", "fnac_kernels"], env=env, capture_output=True, text=True, check=True)
+    assert f"ordered instead: {said}" in done.stdout
 
 
 # --- FNACLoss -------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import setuptools
 
 from fnac_kernels import _native
 
@@ -41,7 +42,8 @@ def setup():
         ({}, "auto", ""),
         ({"FNAC_CUDA": "", "TORCH_CUDA_ARCH_LIST": ""}, "auto", ""),
         ({"FNAC_CUDA": "on", "TORCH_CUDA_ARCH_LIST": "8.0"}, "on", "80-real"),
-        ({"FNAC_CUDA": "off", "TORCH_CUDA_ARCH_LIST": "8.0;9.0+PTX"}, "off", "80-real;90"),
+        ({"FNAC_CUDA": "on", "TORCH_CUDA_ARCH_LIST": "8.0;9.0+PTX"}, "on", "80-real;90"),
+        ({"FNAC_CUDA": "off", "TORCH_CUDA_ARCH_LIST": "Hopper"}, "off", ""),
         ({"TORCH_CUDA_ARCH_LIST": "8.6 9.0a  12.0+PTX"}, "auto", "86-real;90a-real;120"),
         ({"TORCH_CUDA_ARCH_LIST": "10.0f;"}, "auto", "100f-real"),
         ({"CMAKE_CUDA_ARCHITECTURES": "90-virtual", "TORCH_CUDA_ARCH_LIST": "8.0"}, "auto", "90-virtual"),
@@ -94,6 +96,22 @@ def test_without_nvcc_one_line_says_that_cuda_is_left_out_and_why(tmp_path):
     lines = [line for line in done.stdout.splitlines() if "CUDA is left out" in line]
     assert len(lines) == 1
     assert "nvcc was neither on PATH nor in CUDA_HOME or /usr/local/cuda; install CUDA 12.0 or newer" in lines[0]
+
+
+@needs_cmake
+def test_a_second_build_finds_the_ninja_that_there_is_now(setup, tmp_path, monkeypatch):
+    """pip builds in an environment that is gone the next time."""
+    monkeypatch.setattr(setup, "ROOT", tmp_path)
+    (tmp_path / "CMakeLists.txt").write_text("cmake_minimum_required(VERSION 3.22)\nproject(nothing LANGUAGES NONE)\n")
+    build = setup.CMakeBuild(setuptools.Distribution({"ext_modules": [setuptools.Extension("_C", [])]}))
+    build.ensure_finalized()
+    ninja = shutil.which("ninja")
+    for environment in (tmp_path / "first", tmp_path / "second"):
+        environment.mkdir()
+        (environment / "ninja").symlink_to(ninja)
+        monkeypatch.setenv("PATH", f"{environment}{os.pathsep}{os.environ['PATH']}")
+        build.build_extension(build.extensions[0])
+        (environment / "ninja").unlink()
 
 
 @needs_cmake
@@ -179,4 +197,7 @@ def test_the_source_distribution_holds_what_the_build_reads(tmp_path):
     with tarfile.open(archive) as packed:
         names = {name.partition("/")[2] for name in packed.getnames()}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
-    assert sources | {"CMakeLists.txt", "setup.py", "pyproject.toml", "fnac_kernels/_native.py"} <= names
+    assert (
+        sources | {"CMakeLists.txt", "setup.py", "pyproject.toml", "fnac_kernels/_native.py", "fnac_kernels/py.typed"}
+        <= names
+    )

@@ -10,6 +10,7 @@ from processes import CASES, TWELVE, WORLD, Encoders, step, trained, work
 from tolerance import Run, assert_as_good_as_torch
 
 import fnac_kernels as fk
+from fnac_kernels import _distributed
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +89,11 @@ def test_processes_that_differ_all_say_in_what(ranks):
         "the same",
     ]
     assert [rank["errors"] for rank in ranks] == [expected] * WORLD
+
+
+def test_numbers_that_differ_are_shown_as_different():
+    assert _distributed._shown("tau", 0.0300000001) == "0.0300000001"
+    assert _distributed._shown("numbers of channels", 512.0) == "512"
 
 
 def test_one_process_needs_no_group():

@@ -129,6 +129,14 @@ def test_any_other_use_answers_right(both):
     torch.testing.assert_close(F.relu(lazy), F.relu(whole), rtol=1e-5, atol=1e-5)
 
 
+def test_a_default_device_elsewhere_changes_nothing(both):
+    _, patched, img, aud = both
+    lazy = patched.calculate_loss(img, aud)[1]
+    pairs = torch.arange(8)
+    with torch.device("meta"):
+        assert lazy[pairs, pairs].device.type == "cpu"
+
+
 def test_only_the_official_kind_of_class_is_patched():
     for wrong in (torch.nn.Linear, Model(), None):
         with pytest.raises(TypeError, match=r"model_class is .* with calculate_loss"):

@@ -12,6 +12,7 @@ import torch
 import torch._dynamo.compiled_autograd
 import torch.utils.checkpoint
 from samples import OPS, USABLE, Sample
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fnac_kernels as fk
@@ -93,6 +94,52 @@ def test_compiled_by_inductor_with_code_around_it():
         torch.autograd.grad(compiled(img, aud), (img, aud)), torch.autograd.grad(run(img, aud), (img, aud)), strict=True
     ):
         torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_with_settings_and_sizes_that_change(dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda i, a, tau: fk.fnac_loss(i, a, tau).loss, fullgraph=True, dynamic=dynamic, backend="eager"
+    )
+    for tau, sample in ((0.1, SMALL[0]), (0.2, SMALL[0]), (0.2, Sample(7, 7, 12, 5, 4))):
+        img, aud = features(sample)
+        assert torch.equal(compiled(img, aud, tau), fk.fnac_loss(img, aud, tau).loss)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_any_result_may_be_changed_in_place(compiled):
+    torch._dynamo.reset()
+    img, aud = features()
+
+    def gradient(scale):
+        out = fk.fnac_loss(img, aud, 0.1)
+        for result in out:
+            scale(result)
+        return torch.autograd.grad(sum(result.sum() for result in out), img)[0]
+
+    changing = torch.compile(gradient, backend="eager") if compiled else gradient
+    torch.testing.assert_close(changing(lambda x: x.mul_(2)), 2 * gradient(lambda x: x))
+
+
+def test_autocast_takes_features_of_different_dtypes_as_einsum_does():
+    img, aud = features()
+    wanted = fk.fnac_loss(img.bfloat16(), aud.bfloat16(), 0.1).loss
+    with torch.autocast(device(), dtype=torch.bfloat16):
+        torch.testing.assert_close(fk.fnac_loss(img.bfloat16(), aud, 0.1).loss, wanted)
+        torch.testing.assert_close(fk.fnac_loss(img, aud.bfloat16(), 0.1).loss, wanted, rtol=1e-2, atol=0.0)
+        with pytest.raises(TypeError, match=r"aud is torch\.float64, img is torch\.float32"):
+            fk.fnac_loss(img, aud.double(), 0.1)
+
+
+def test_derivatives_in_forward_mode_are_refused():
+    img, aud = features(img=False, aud=False)
+    with pytest.raises(NotImplementedError, match="use backend='reference'"):
+        torch.func.jvp(lambda x: fk.fnac_loss(x, aud, 0.1).loss, (img,), (img,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="use backend='reference'"):
+        fk.max_logits(img, forward_ad.make_dual(aud, aud), 0.1)
+    with forward_ad.dual_level():  # of others' numbers
+        fk.max_logits(img, aud, 0.1)
 
 
 def test_autocast_multiplies_in_its_dtype_and_returns_float32():
