@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FRAME_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-SOUND_SUFFIXES = frozenset({".aif", ".aiff", ".flac", ".m4a", ".mp3", ".ogg", ".opus", ".wav"})
+from fnac.data.ids import FRAME_SUFFIXES, HEADINGS, SOUND_SUFFIXES, clip_id, row_id
 
 Box = tuple[float, float, float, float]
 
@@ -66,19 +65,30 @@ class ClipList:
 
 
 def read_ids(path: str | Path) -> list[str]:
-    """Ids in the first column of a text or csv file, or the ``file`` fields of a json; repeats count once.
+    """Ids of a text or csv file, or the ``file`` fields of a json; repeats count once.
+
+    An id stands in the first column, as VGG-Sound's also ``id,second``. Headings, lines that begin with ``#``, folders
+    and media suffixes are left out.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file, or it lists nothing.
+        FileNotFoundError, ValueError: there is no such file, it is not UTF-8, or it lists nothing.
     """
     path = Path(path)
-    if path.suffix == ".json":
-        return list(read_annotations(path))
-    with path.open(newline="") as file:
-        ids = list(dict.fromkeys(row[0].strip() for row in csv.reader(file) if row and row[0].strip()))
+    ids = list(read_annotations(path)) if path.suffix == ".json" else _listed(path)
     if not ids:
         raise ValueError(f"{path} lists no clips")
     return ids
+
+
+def _listed(path: Path) -> list[str]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = [row for row in csv.reader(file) if row and row[0].strip() and not row[0].startswith("#")]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be text in UTF-8: {error}") from error
+    if rows and row_id(rows[0]).lower() in HEADINGS:
+        del rows[0]
+    return list(dict.fromkeys(map(row_id, rows)))
 
 
 def read_annotations(path: str | Path) -> dict[str, Annotation]:
@@ -93,7 +103,7 @@ def read_annotations(path: str | Path) -> dict[str, Annotation]:
         ValueError: it is not json of this form, or a clip occurs twice; the message names file and entry.
     """
     try:
-        entries = json.loads(Path(path).read_text())
+        entries = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid json: {error}") from error
     if not isinstance(entries, list):
@@ -115,7 +125,7 @@ def _parse_entry(entry: Any) -> tuple[str, Annotation]:
     for box in entry["bbox"]:
         x1, y1, x2, y2 = (float(side) for side in box)
         boxes.append((x1, y1, x2, y2))
-    return str(entry["file"]), Annotation(str(entry["class"]), boxes)
+    return clip_id(str(entry["file"])), Annotation(str(entry["class"]), boxes)
 
 
 def ground_truth(boxes: Iterable[Box], size: int = 224) -> Tensor:
@@ -162,7 +172,8 @@ def list_clips(folder: ClipFolder) -> ClipList:
     ]
     if not clips:
         places = [str(root / place) for place in (folder.frames, folder.audio) if place is not None]
-        raise ValueError(f"no clips found: none of the {len(names)} listed has its files in {' and '.join(places)}")
+        listed = f"none of the {len(names)} listed ({some(names)}) has its files" if names else "no files"
+        raise ValueError(f"no clips found: {listed} in {' and '.join(places)}")
 
     def lacks(name: str) -> str:
         return " and ".join(

@@ -7,6 +7,7 @@ from typing import Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from fnac.data.ids import commonest_form, comparable, example
 from fnac.data.layout import read_ids, some
 
 OnLeakage = Literal["error", "warn"]
@@ -17,9 +18,9 @@ class LeakageError(ValueError):
 
 
 def shared_clips(first: Collection[str], second: Collection[str]) -> list[str]:
-    """The ids that are in both, in the order of the second."""
-    lookup = set(first)
-    return [name for name in second if name in lookup]
+    """The ids of the second that are in both, in its order; VGG-Sound's seconds may have leading zeros or not."""
+    lookup = set(map(comparable, first))
+    return [name for name in second if comparable(name) in lookup]
 
 
 def refuse_leakage(train: Collection[str], tested: Collection[str], what: str, on_leakage: OnLeakage = "error") -> None:
@@ -36,12 +37,20 @@ def check_leakage(train: str, test: str) -> None:
     """Tell whether two lists of clips share any.
 
     Args:
-        train: list of clips: text with one id a line, csv with the id first, or json annotations.
+        train: list of clips: text with one id a line, csv with the id first (or ``id,second``, as in VGG-Sound's own
+            list), or json annotations.
         test: another such list.
 
     Raises:
         LeakageError: they do.
+        ValueError: they do not, but write ids differently, so that it says nothing about the clips.
     """
     train_ids, test_ids = read_ids(train), read_ids(test)
     refuse_leakage(train_ids, test_ids, f"{test}")
+    if commonest_form(train_ids) != commonest_form(test_ids):
+        raise ValueError(
+            f"cannot tell whether {train} and {test} share clips: no id is in both, but ids are written differently, "
+            f"{example(train_ids)!r} and {example(test_ids)!r}; they should have the same form, as clips of the same "
+            "data set do"
+        )
     print(f"no clip is in both: {len(train_ids)} in {train}, {len(test_ids)} in {test}")

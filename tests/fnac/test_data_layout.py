@@ -124,8 +124,11 @@ def test_listed_clips_without_annotation_and_twofold_files_are_errors(tmp_path):
 def test_a_folder_without_clips_is_an_error_that_says_where_it_looked(tmp_path):
     touch(tmp_path / "frames", "a.jpg")
     touch(tmp_path / "audio")
-    with pytest.raises(ValueError, match=r"no clips found.*frames and .*audio"):
+    with pytest.raises(ValueError, match=r"no clips found: no files in .*frames and .*audio"):
         list_clips(ClipFolder(str(tmp_path)))
+    (tmp_path / "list.txt").write_text("b.jpg\n")
+    with pytest.raises(ValueError, match=r"none of the 1 listed \(b\) has its files"):
+        list_clips(ClipFolder(str(tmp_path), ids=str(tmp_path / "list.txt")))
     with pytest.raises(FileNotFoundError, match="nowhere"):
         list_clips(ClipFolder(str(tmp_path), audio="nowhere"))
 
@@ -138,6 +141,53 @@ def test_leakage_is_found_between_lists_of_any_kind(tmp_path, capsys):
         check_leakage(str(tmp_path / "train.txt"), str(tmp_path / "test.csv"))
     check_leakage(str(tmp_path / "train.txt"), str(tmp_path / "clean.json"))
     assert "no clip is in both: 3 in" in capsys.readouterr().out
+
+
+VGG_CLIPS = ["zpWuikVorYg_000032", "-x_uikVorY9_000000"]
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "zpWuikVorYg_000032.mp4\nvideos/-x_uikVorY9_000000.WAV\n",
+        "C:\\clips\\zpWuikVorYg_000032.jpg\n-x_uikVorY9_000000\n",
+        "zpWuikVorYg,32,elk bugling,train\n-x_uikVorY9,0,people coughing,test\n",
+        "# YTID, start_seconds\nzpWuikVorYg, 32.000, 42.000\n-x_uikVorY9, 0.000, 10.000\n",
+        "zpWuikVorYg_000032 elk bugling, far\n-x_uikVorY9_000000.mp4\tpeople coughing\n",
+        "file,class\nzpWuikVorYg_000032,a\n-x_uikVorY9_000000,b\n",
+        "\ufeffzpWuikVorYg_000032\n-x_uikVorY9_000000\n",
+    ],
+)
+def test_leakage_is_found_however_a_list_writes_its_ids(tmp_path, written):
+    (tmp_path / "train.csv").write_text(written, encoding="utf-8")
+    (tmp_path / "test.txt").write_text("\n".join(VGG_CLIPS))
+    assert read_ids(tmp_path / "train.csv") == VGG_CLIPS
+    with pytest.raises(LeakageError, match="2 of the 2"):
+        check_leakage(str(tmp_path / "train.csv"), str(tmp_path / "test.txt"))
+
+
+def test_leakage_is_found_between_files_that_pad_seconds_and_files_that_do_not():
+    with pytest.raises(LeakageError, match="2 of the 2 test clips"):
+        refuse_leakage(["zpWuikVorYg_32", "-x_uikVorY9_0"], VGG_CLIPS, "test")
+
+
+@pytest.mark.parametrize("written", ["zpWuikVorYg", "zpWuikVorYg_32000_42000", "0\n1", "zpWuikVorYg 32 elk bugling"])
+def test_lists_that_write_ids_differently_are_not_said_to_share_nothing(tmp_path, written):
+    (tmp_path / "train.txt").write_text(written)
+    (tmp_path / "test.txt").write_text("\n".join(VGG_CLIPS))
+    with pytest.raises(ValueError, match=f"cannot tell .*'{written.splitlines()[0]}' and 'zpWuikVorYg_000032'"):
+        check_leakage(str(tmp_path / "train.txt"), str(tmp_path / "test.txt"))
+
+
+def test_numbers_as_long_as_youtubes_ids_keep_to_themselves(tmp_path):
+    (tmp_path / "flickr_test.csv").write_text("10000130166,202\n10007936344,0\n")
+    assert read_ids(tmp_path / "flickr_test.csv") == ["10000130166", "10007936344"]
+
+
+def test_a_list_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes("zpWuikVorYg_000032\n".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"a\.txt must be text in UTF-8"):
+        read_ids(tmp_path / "a.txt")
 
 
 def test_leakage_can_be_a_warning():

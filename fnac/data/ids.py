@@ -1,0 +1,63 @@
+"""How lists write a clip's id, brought to one form."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Sequence
+
+FRAME_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+SOUND_SUFFIXES = frozenset({".aif", ".aiff", ".flac", ".m4a", ".mp3", ".ogg", ".opus", ".wav"})
+MEDIA_SUFFIXES = FRAME_SUFFIXES | SOUND_SUFFIXES | {".avi", ".mkv", ".mov", ".mp4", ".webm"}
+
+HEADINGS = frozenset({"clip", "file", "filename", "id", "name", "video", "video_id", "youtube_id", "ytid"})
+VIDEO = re.compile(r"(?!\d+$)[\w-]{11}", re.ASCII)  # YouTube's; Flickr's may be as long but are numbers
+CLIP = re.compile(r"([\w-]{11})_(\d{1,6})", re.ASCII)  # VGG-Sound's: the video and the second
+SECOND = re.compile(r"\d{1,6}(\.0*)?", re.ASCII)
+
+
+def clip_id(name: str) -> str:
+    """The id in a file's name: without folders and a media file's suffix."""
+    name = re.split(r"[/\\]", name.strip())[-1]
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in MEDIA_SUFFIXES else name
+
+
+def row_id(row: Sequence[str]) -> str:
+    """The id of a csv's row: its first column, in VGG-Sound's and AudioSet's own lists joined with the second.
+
+    What follows VGG-Sound's ids after a space, or any after a tab, is no part of them.
+    """
+    words = row[0].split()
+    if words and CLIP.fullmatch(first := clip_id(words[0])):
+        return first
+    name = clip_id(row[0].split("\t")[0])
+    if len(row) > 1 and VIDEO.fullmatch(name) and SECOND.fullmatch(second := row[1].strip()):
+        return f"{name}_{int(float(second)):06d}"
+    return name
+
+
+def comparable(name: str) -> str:
+    """The id with VGG-Sound's second in six digits, as its lists have it and files often have not."""
+    clip = CLIP.fullmatch(name)
+    return f"{clip[1]}_{int(clip[2]):06d}" if clip else name
+
+
+def commonest_form(names: Collection[str]) -> str:
+    """How most of the ids are written: VGG-Sound's form, a number, with spaces, or otherwise."""
+    return Counter(_form(name) for name in names).most_common(1)[0][0]
+
+
+def example(names: Collection[str]) -> str:
+    """The first id that is written as most are."""
+    form = commonest_form(names)
+    return next(name for name in names if _form(name) == form)
+
+
+def _form(name: str) -> str:
+    if CLIP.fullmatch(name):
+        return "VGG-Sound's"
+    if name.isdigit():
+        return "number"
+    return "with spaces" if " " in name else "other"
