@@ -1,21 +1,15 @@
-"""Where clips lie on disk: lists of ids, VGG-SS annotations, folders of frames and sounds."""
+"""Where clips lie on disk: lists of ids, folders of frames and sounds."""
 
 from __future__ import annotations
 
 import csv
-import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from fnac.data.ids import FRAME_SUFFIXES, HEADINGS, SOUND_SUFFIXES, clip_id, row_id
-
-Box = tuple[float, float, float, float]
+from fnac.data.annotations import Annotation, read_annotations
+from fnac.data.ids import FRAME_SUFFIXES, HEADINGS, SOUND_SUFFIXES, row_id
 
 
 @dataclass(frozen=True)
@@ -36,14 +30,6 @@ class ClipFolder:
     audio: str | None = "audio"
     ids: str | None = None
     annotations: str | None = None
-
-
-@dataclass(frozen=True)
-class Annotation:
-    """The class of a clip's sound and the boxes (x1, y1, x2, y2) of its source, in 0..1 but for faulty ones."""
-
-    label: str
-    boxes: list[Box]
 
 
 @dataclass(frozen=True)
@@ -89,56 +75,6 @@ def _listed(path: Path) -> list[str]:
     if rows and row_id(rows[0]).lower() in HEADINGS:
         del rows[0]
     return list(dict.fromkeys(map(row_id, rows)))
-
-
-def read_annotations(path: str | Path) -> dict[str, Annotation]:
-    """Annotations by clip id, in the file's order.
-
-    Args:
-        path: json, a list of ``{"file": id, "class": label, "bbox": [[x1, y1, x2, y2], ...]}``; other fields are
-            ignored.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not json of this form, or a clip occurs twice; the message names file and entry.
-    """
-    try:
-        entries = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid json: {error}") from error
-    if not isinstance(entries, list):
-        raise ValueError(f"{path} must hold a list of annotations, got {type(entries).__name__}")
-    annotations: dict[str, Annotation] = {}
-    for number, entry in enumerate(entries):
-        try:
-            name, annotation = _parse_entry(entry)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}, entry {number}: {type(error).__name__}: {error} in {entry!r:.200}") from error
-        if name in annotations:
-            raise ValueError(f"{path}, entry {number}: {name} is annotated twice")
-        annotations[name] = annotation
-    return annotations
-
-
-def _parse_entry(entry: Any) -> tuple[str, Annotation]:
-    boxes = []
-    for box in entry["bbox"]:
-        x1, y1, x2, y2 = (float(side) for side in box)
-        boxes.append((x1, y1, x2, y2))
-    return clip_id(str(entry["file"])), Annotation(str(entry["class"]), boxes)
-
-
-def ground_truth(boxes: Iterable[Box], size: int = 224) -> Tensor:
-    """Union of boxes as a float32 map ``(size, size)`` of 0 and 1.
-
-    Coordinates are clipped to 0..1, scaled and truncated, as published. What is then empty (degenerate boxes, or
-    boxes out of range) covers nothing, so the map may be all 0.
-    """
-    gt = torch.zeros(size, size)
-    for box in boxes:
-        x1, y1, x2, y2 = (int(min(max(side, 0.0), 1.0) * size) for side in box)
-        gt[y1:y2, x1:x2] = 1
-    return gt
 
 
 def list_clips(folder: ClipFolder) -> ClipList:

@@ -17,7 +17,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 
 from fnac.audio import LogSpectrogram, Masks, MediaError, load_audio, mask_spectrogram
-from fnac.data.layout import Clip, ClipFolder, ground_truth, list_clips, some
+from fnac.data.annotations import ground_truth
+from fnac.data.layout import Clip, ClipFolder, list_clips, some
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RESIZE_MARGIN = 1.1  # training crops from a frame resized to this many times the side

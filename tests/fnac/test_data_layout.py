@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fnac.data.layout import Annotation, ClipFolder, ground_truth, list_clips, read_annotations, read_ids
+from fnac.data.annotations import Annotation, ground_truth, read_annotations
+from fnac.data.layout import ClipFolder, list_clips, read_ids
 from fnac.data.leakage import LeakageError, check_leakage, refuse_leakage
 
 
@@ -51,6 +52,13 @@ def test_annotations_keep_label_and_boxes_and_ignore_other_fields(tmp_path):
         ('[{"file": "x", "class": "c", "bbox": [[0, 1, 2]]}]', "entry 0: ValueError"),
         ('[{"file": "x", "class": "c", "bbox": [[0, 1, 2, "b"]]}]', "entry 0: ValueError"),
         ('[{"file": "x", "class": "c", "bbox": 3}]', "entry 0: TypeError"),
+        (
+            '[{"file": "x", "class": "c", "bbox": [[23, 0, 45, 48]]}]',
+            r"entry 0: .*box \[23, 0, 45, 48\] should be .* in 0\.\.1, not in pixels in {'file': 'x'",
+        ),
+        ('[{"file": "x", "class": "c", "bbox": [[0, -0.1, 1, 1]]}]', r"box \[0, -0\.1, 1, 1\] should be"),
+        ('[{"file": "x", "class": "c", "bbox": [[0, 0, NaN, 1]]}]', r"box \[0, 0, nan, 1\] should be"),
+        ('[{"file": "x", "class": "c", "bbox": [[0.6, 0, 0.2, 1]]}]', r"box \[0\.6, 0, 0\.2, 1\] .* x1 <= x2"),
         ('[{"file":"x","class":"c","bbox":[]}, {"file":"x","class":"c","bbox":[]}]', "entry 1: x is annotated twice"),
     ],
 )
@@ -58,6 +66,19 @@ def test_faulty_annotations_name_file_and_entry(tmp_path, content, message):
     (tmp_path / "faulty.json").write_text(content)
     with pytest.raises(ValueError, match=rf"faulty\.json.*{message}"):
         read_annotations(tmp_path / "faulty.json")
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        [0.534375, 0.3375, -2.8823037615171176e16, 0.909375],  # overflowed, as twelve boxes of vggss.json
+        [0.00625, 0.015625, 0.00625, 0.015625],  # without extent, as six others
+        [-0.003, 0, 1.003, 1],  # rounding
+    ],
+)
+def test_faulty_boxes_of_the_official_file_are_read(tmp_path, box):
+    (tmp_path / "a.json").write_text(json.dumps([{"file": "x", "class": "c", "bbox": [box]}]))
+    assert read_annotations(tmp_path / "a.json")["x"].boxes == [tuple(box)]
 
 
 def test_the_ground_truth_is_the_union_of_truncated_boxes():
