@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,11 @@ from torchaudio import transforms
 
 SEGMENT, HOP = 512, 512 - 274
 LOG_FLOOR, LOG_SCALE = 1e-7, 12.0
+
+# What a corrupt header says must not decide how much memory is asked for.
+RATES = range(1000, 768_001)  # in Hz
+MAX_SAMPLES = 2**28  # read from one file, all channels, or resampled: 1 GiB
+MAX_KERNEL = 2**22  # of the resampling filters: all usual rates to all usual rates, not 44101 Hz to 16000
 
 Masks = Literal["mean", "official", "none"]
 
@@ -33,14 +39,17 @@ def load_audio(path: str | Path, *, seconds: float | None = None, sample_rate: i
         The waveform, float32 ``(samples,)`` in -1..1, and its sample rate in Hz.
 
     Raises:
-        MediaError: the file is missing, cannot be decoded, holds no samples or some that are not finite.
+        MediaError: the file is missing, cannot be decoded, holds no samples or some that are not finite, is too long
+            to be read whole, or has a sample rate that cannot be or cannot be resampled.
     """
     try:
         with soundfile.SoundFile(path) as file:
             rate = file.samplerate
-            if seconds is not None:
-                file.seek(max(file.frames - round(seconds * rate), 0) // 2)
-            channels = file.read(-1 if seconds is None else round(seconds * rate), dtype="float32", always_2d=True)
+            _check_rate(path, rate, sample_rate)
+            frames = file.frames if seconds is None else min(round(seconds * rate), file.frames)
+            _check_size(path, frames, file.channels, rate, sample_rate)
+            file.seek((file.frames - frames) // 2)
+            channels = file.read(frames, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError) as error:
         raise MediaError(f"cannot read sound {path}: {error}") from error
     if len(channels) == 0:
@@ -54,6 +63,35 @@ def load_audio(path: str | Path, *, seconds: float | None = None, sample_rate: i
         length = round(seconds * rate)
         waveform = waveform.repeat(-(-length // len(waveform)))[:length]
     return waveform, rate
+
+
+def _check_rate(path: str | Path, rate: int, target: int | None) -> None:
+    if rate not in RATES:
+        raise MediaError(
+            f"cannot read sound {path}: its sample rate is {rate} Hz; it should be {RATES[0]} to {RATES[-1]} Hz"
+        )
+    if target is not None and _kernel_size(rate, target) > MAX_KERNEL:
+        raise MediaError(
+            f"cannot read sound {path}: its sample rate of {rate} Hz has too small a common divisor with {target} Hz to "
+            f"be resampled; convert the file to {target} Hz first"
+        )
+
+
+def _check_size(path: str | Path, frames: int, channels: int, rate: int, target: int | None) -> None:
+    if max(frames * channels, frames * (target or rate) // rate) > MAX_SAMPLES:
+        raise MediaError(
+            f"cannot read sound {path}: {frames} samples of {channels} channel(s) at {rate} Hz are too many; at most "
+            f"{MAX_SAMPLES} should be read at once"
+        )
+
+
+def _kernel_size(source: int, target: int) -> int:
+    """Entries of torchaudio's resampling filters, one for each phase; 0 where nothing is resampled."""
+    if source == target:
+        return 0
+    divisor = math.gcd(source, target)
+    source, target = source // divisor, target // divisor
+    return target * (source + 2 * math.ceil(6 * source / (0.99 * min(source, target))))
 
 
 @lru_cache(maxsize=16)

@@ -8,6 +8,7 @@ import soundfile
 import torch
 from scipy import signal
 
+from fnac import audio
 from fnac.audio import LogSpectrogram, MediaError, load_audio, mask_spectrogram
 from fnac.data.timbre import TIMBRES, draw_sound
 
@@ -94,6 +95,37 @@ def test_samples_that_are_not_finite_are_named(tmp_path):
     soundfile.write(tmp_path / "loud.wav", np.array([0.0, np.inf, 0.5]), 8000, subtype="FLOAT")
     with pytest.raises(MediaError, match=r"loud\.wav.*NaN or infinite"):
         load_audio(tmp_path / "loud.wav")
+
+
+@pytest.mark.parametrize("sample_rate", [None, 16_000])
+@pytest.mark.parametrize("rate", [1, 999, 768_001, 2**31 - 1])
+def test_a_sample_rate_that_cannot_be_is_named(tmp_path, rate, sample_rate):
+    soundfile.write(tmp_path / "odd.wav", np.zeros(100), rate)
+    with pytest.raises(MediaError, match=rf"odd\.wav.* {rate} Hz; it should be 1000 to 768000"):
+        load_audio(tmp_path / "odd.wav", seconds=3, sample_rate=sample_rate)
+
+
+def test_a_sample_rate_that_would_take_huge_filters_is_refused_before_they_are_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(audio, "_resampler", lambda *_: pytest.fail("21 GB"))
+    soundfile.write(tmp_path / "odd.wav", np.zeros(100), 44_101)
+    with pytest.raises(MediaError, match=r"odd\.wav.*44101 Hz has too small a common divisor with 16000 Hz"):
+        load_audio(tmp_path / "odd.wav", seconds=3, sample_rate=16_000)
+    assert load_audio(tmp_path / "odd.wav")[1] == 44_101
+
+
+@pytest.mark.parametrize(("source", "target"), [(44_100, 16_000), (11_025, 48_000), (47_952, 16_000)])
+def test_the_filters_size_is_known_beforehand(source, target):
+    assert audio._kernel_size(source, target) == audio._resampler(source, target).kernel.numel() <= audio.MAX_KERNEL
+
+
+def test_the_length_a_header_claims_is_bounded_and_the_middle_of_a_long_file_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(audio, "MAX_SAMPLES", 2000)
+    soundfile.write(tmp_path / "long.wav", np.zeros((1001, 2)), 8000)
+    with pytest.raises(MediaError, match=r"long\.wav: 1001 samples of 2 channel\(s\) at 8000 Hz are too many"):
+        load_audio(tmp_path / "long.wav")
+    with pytest.raises(MediaError, match="too many"):
+        load_audio(tmp_path / "long.wav", seconds=0.1, sample_rate=24_000)
+    assert load_audio(tmp_path / "long.wav", seconds=0.1)[0].shape == (800,)
 
 
 def masked_cells(masks: str, shape: tuple[int, int], width: int = 10, draws: int = 200) -> torch.Tensor:
