@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 
 FRAME_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-SOUND_SUFFIXES = frozenset({".aif", ".aiff", ".flac", ".m4a", ".mp3", ".ogg", ".opus", ".wav"})
-MEDIA_SUFFIXES = FRAME_SUFFIXES | SOUND_SUFFIXES | {".avi", ".mkv", ".mov", ".mp4", ".webm"}
+SOUND_SUFFIXES = frozenset({".aif", ".aiff", ".flac", ".mp3", ".ogg", ".opus", ".wav"})
+MEDIA_SUFFIXES = FRAME_SUFFIXES | SOUND_SUFFIXES | {".avi", ".m4a", ".mkv", ".mov", ".mp4", ".webm"}
 
 HEADINGS = frozenset({"clip", "file", "filename", "id", "name", "video", "video_id", "youtube_id", "ytid"})
 VIDEO = re.compile(r"(?!\d+$)[\w-]{11}", re.ASCII)  # YouTube's; Flickr's may be as long but are numbers

@@ -105,7 +105,7 @@ def test_faulty_boxes_are_clipped_and_may_cover_nothing(box, area):
 
 def test_clips_are_found_in_any_format_and_unlisted_files_are_ignored(tmp_path):
     touch(tmp_path / "frames", "a.jpg", "b.PNG", "c.webp", "notes.txt", "._a.jpg", "extra.png")
-    touch(tmp_path / "audio", "a.wav", "b.flac", "c.ogg", "lonely.wav")
+    touch(tmp_path / "audio", "a.wav", "a.m4a", "b.flac", "c.ogg", "lonely.wav")  # libsndfile reads no m4a
     found = list_clips(ClipFolder(str(tmp_path)))
     assert [clip.name for clip in found.clips] == ["a", "b", "c"]
     assert found.clips[1].frame == tmp_path / "frames" / "b.PNG"
