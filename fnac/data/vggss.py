@@ -98,7 +98,7 @@ class ClipDataset(Dataset[dict[str, Any] | None]):
         if found.missing:
             message = f"{folder.root}: clips lack files: {some(found.missing)}"
             if on_bad_clip == "error":
-                raise FileNotFoundError(message)
+                raise FileNotFoundError(f"{message}; {_remedy(augmentation is not None)}")
             warnings.warn(f"left out: {message}", stacklevel=2)
         self.clips: list[Clip] = found.clips
         if names is not None:
@@ -178,6 +178,15 @@ class ClipDataset(Dataset[dict[str, Any] | None]):
         if self._decoded is not None:
             self._decoded[index] = (image, spectrogram)
         return image, spectrogram
+
+
+def _remedy(training: bool) -> str:
+    if training:
+        return "to train without them, set --data.on_bad_clip skip"
+    return (
+        "to evaluate on those that are there, list their ids in a file and give it as --data.test.ids (or "
+        "--data.val.ids); scores over fewer clips are other scores"
+    )
 
 
 @contextmanager
