@@ -72,8 +72,8 @@ def _check_rate(path: str | Path, rate: int, target: int | None) -> None:
         )
     if target is not None and _kernel_size(rate, target) > MAX_KERNEL:
         raise MediaError(
-            f"cannot read sound {path}: its sample rate of {rate} Hz has too small a common divisor with {target} Hz to "
-            f"be resampled; convert the file to {target} Hz first"
+            f"cannot read sound {path}: its sample rate of {rate} Hz has too small a common divisor with {target} Hz "
+            f"to be resampled; convert the file to {target} Hz first"
         )
 
 

@@ -22,7 +22,7 @@ class ClipFolder:
         audio: folder of the sounds, likewise; None for a set without sounds.
         ids: file that lists the clips to use: one id a line, or a csv with the id first. By default the annotated
             clips, or, without annotations, all that have both a frame and a sound.
-        annotations: json in the format of ``vggss.json``.
+        annotations: json in the format of ``vggss.json``, or a folder of XML files as Flickr-SoundNet's.
     """
 
     root: str
@@ -89,11 +89,9 @@ def list_clips(folder: ClipFolder) -> ClipList:
     frames = _media(root / folder.frames, FRAME_SUFFIXES)
     sounds = None if folder.audio is None else _media(root / folder.audio, SOUND_SUFFIXES)
     present = frames.keys() if sounds is None else frames.keys() & sounds.keys()
-    annotations = None if folder.annotations is None else read_annotations(folder.annotations)
-    if folder.ids is not None:
-        names = read_ids(folder.ids)
-    else:
-        names = sorted(present) if annotations is None else list(annotations)
+    listed = None if folder.ids is None else read_ids(folder.ids)
+    annotations = None if folder.annotations is None else read_annotations(folder.annotations, listed)
+    names = listed or (sorted(present) if annotations is None else list(annotations))
     if annotations is not None and (bare := [name for name in names if name not in annotations]):
         raise ValueError(f"{folder.ids} lists clips that {folder.annotations} does not annotate: {some(bare)}")
     clips = [
@@ -108,8 +106,8 @@ def list_clips(folder: ClipFolder) -> ClipList:
     ]
     if not clips:
         places = [str(root / place) for place in (folder.frames, folder.audio) if place is not None]
-        listed = f"none of the {len(names)} listed ({some(names)}) has its files" if names else "no files"
-        raise ValueError(f"no clips found: {listed} in {' and '.join(places)}")
+        found = f"none of the {len(names)} listed ({some(names)}) has its files" if names else "no files"
+        raise ValueError(f"no clips found: {found} in {' and '.join(places)}")
 
     def lacks(name: str) -> str:
         return " and ".join(

@@ -159,7 +159,7 @@ class ClipDataset(Dataset[dict[str, Any] | None]):
         if clip.annotation is not None:
             sample["label"] = clip.annotation.label
             if self.augmentation is None:
-                sample["gt"] = ground_truth(clip.annotation.boxes)
+                sample["gt"] = ground_truth(clip.annotation)
         return sample
 
     def _sample_seed(self, epoch: int, index: int) -> int:

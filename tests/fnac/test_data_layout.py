@@ -82,12 +82,12 @@ def test_faulty_boxes_of_the_official_file_are_read(tmp_path, box):
 
 
 def test_the_ground_truth_is_the_union_of_truncated_boxes():
-    gt = ground_truth([(0.0, 0.0, 0.5, 0.25), (0.25, 0.125, 0.749, 0.5)], size=8)
+    gt = ground_truth(Annotation("", [(0.0, 0.0, 0.5, 0.25), (0.25, 0.125, 0.749, 0.5)]), size=8)
     expected = torch.zeros(8, 8)
     expected[0:2, 0:4] = 1
     expected[1:4, 2:5] = 1  # 0.749 * 8 = 5.99 is truncated
     assert torch.equal(gt, expected)
-    assert ground_truth([]).shape == (224, 224)
+    assert ground_truth(Annotation("", [])).shape == (224, 224)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,48 @@ def test_the_ground_truth_is_the_union_of_truncated_boxes():
     ],
 )
 def test_faulty_boxes_are_clipped_and_may_cover_nothing(box, area):
-    assert ground_truth([box], size=8).sum() == area
+    assert ground_truth(Annotation("", [box]), size=8).sum() == area
+
+
+BOX = "<bbox><score>1</score><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bbox>"
+
+
+def write_xml(folder: Path, name: str, *boxes: tuple) -> None:
+    folder.mkdir(exist_ok=True)
+    annotators = "".join(f"<annotator><type>object</type>{BOX.format(*box)}</annotator>" for box in boxes)
+    (folder / f"{name}.xml").write_text(f"<annotation>{annotators}<note>none</note></annotation>")
+
+
+def test_flickrs_annotators_boxes_make_a_consensus(tmp_path):
+    folder = tmp_path / "Annotations"
+    write_xml(folder, "10000130166", (0, 0, 128, 256), (64, 0, 192, 256), (64, 0, 255, 256))
+    write_xml(folder, "5", (9, 9, 999, 9))
+    touch(tmp_path / "frames", "10000130166.jpg")
+    touch(tmp_path / "audio", "10000130166.wav")
+    (tmp_path / "flickr_test.csv").write_text("10000130166,202\n")
+    found = list_clips(ClipFolder(str(tmp_path), ids=str(tmp_path / "flickr_test.csv"), annotations=str(folder)))
+    assert found.clips[0].annotation is not None
+    gt = ground_truth(found.clips[0].annotation)
+    assert gt.shape == (224, 224)
+    assert gt[100, [0, 55, 56, 111, 112, 167, 168, 222, 223]].tolist() == [0.5, 0.5, 1, 1, 1, 1, 0.5, 0.5, 0]
+    assert torch.equal(gt, gt[:1].expand(224, 224))
+
+
+def test_faulty_flickr_annotations_name_the_file(tmp_path):
+    tmp_path = tmp_path / "Annotations"
+    write_xml(tmp_path, "1")
+    with pytest.raises(ValueError, match="no <bbox> in any of 1 files"):
+        read_annotations(tmp_path)
+    for box, told in (((0, 0, 300, 1), "300"), ((9, 0, 8, 1), "'9'"), ((0, 0, "wide", 1), "wide")):
+        write_xml(tmp_path, "1", box)
+        with pytest.raises(ValueError, match=rf"1\.xml: a <bbox> has .*{told}.* should be pixels in 0\.\.256"):
+            read_annotations(tmp_path)
+    (tmp_path / "1.xml").write_text("<annotation>")
+    with pytest.raises(ValueError, match=r"1\.xml: no element found"):
+        read_annotations(tmp_path)
+    (tmp_path / "1.xml").unlink()
+    with pytest.raises(ValueError, match=r"Annotations holds no annotations; .*<id>\.xml"):
+        read_annotations(tmp_path)
 
 
 def test_clips_are_found_in_any_format_and_unlisted_files_are_ignored(tmp_path):
