@@ -133,6 +133,15 @@ def ground_truth(annotation: Annotation, size: int = 224) -> Tensor:
     """
     count = torch.zeros(size, size)
     for box in annotation.boxes:
-        x1, y1, x2, y2 = (int(min(max(side, 0.0), 1.0) * size) for side in box)
+        x1, y1, x2, y2 = _pixels(box, size)
         count[y1:y2, x1:x2] += 1
     return (count / annotation.agreement).clamp(max=1)
+
+
+def has_extent(annotation: Annotation, size: int = 224) -> bool:
+    """Whether the ground truth has a pixel that counts."""
+    return any(x1 < x2 and y1 < y2 for x1, y1, x2, y2 in (_pixels(box, size) for box in annotation.boxes))
+
+
+def _pixels(box: Box, size: int) -> tuple[int, ...]:
+    return tuple(int(min(max(side, 0.0), 1.0) * size) for side in box)

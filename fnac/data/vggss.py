@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 
 from fnac.audio import LogSpectrogram, Masks, MediaError, load_audio, mask_spectrogram
-from fnac.data.annotations import ground_truth
+from fnac.data.annotations import ground_truth, has_extent
 from fnac.data.layout import Clip, ClipFolder, list_clips, some
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -104,6 +104,8 @@ class ClipDataset(Dataset[dict[str, Any] | None]):
         if names is not None:
             by_name = {clip.name: clip for clip in found.clips}
             self.clips = [by_name[name] for name in names]
+        if augmentation is None:
+            _warn_of_empty_ground_truth(self.clips)
         self.sample_rate, self.clip_seconds = sample_rate, clip_seconds
         self.augmentation, self.seed, self.on_bad_clip = augmentation, seed, on_bad_clip
         self.spectrogram = LogSpectrogram(sample_rate)
@@ -178,6 +180,17 @@ class ClipDataset(Dataset[dict[str, Any] | None]):
         if self._decoded is not None:
             self._decoded[index] = (image, spectrogram)
         return image, spectrogram
+
+
+def _warn_of_empty_ground_truth(clips: Sequence[Clip]) -> None:
+    # Not an error: VGG-SS has two such clips, and published scores count them.
+    empty = [clip.name for clip in clips if clip.annotation is not None and not has_extent(clip.annotation)]
+    if empty:
+        warnings.warn(
+            f"{len(empty)} of {len(clips)} clips have an empty ground truth, so they score 0 in every row, the "
+            f"oracle's too: {some(empty)}",
+            stacklevel=3,
+        )
 
 
 def _remedy(training: bool) -> str:

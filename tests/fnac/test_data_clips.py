@@ -153,6 +153,19 @@ def test_missing_files_are_found_at_setup_and_named_or_left_out_of_training(root
         dataset(root, on_bad_clip="skip")
 
 
+def test_evaluation_tells_which_clips_have_an_empty_ground_truth(root, tmp_path, recwarn):
+    folder = shutil.copytree(root / "test", tmp_path / "test")
+    entries = json.loads((folder / "annotations.json").read_text())
+    entries[0]["bbox"], entries[2]["bbox"] = [], [[0.5, 1.0, 0.75, 1.0]]
+    (folder / "annotations.json").write_text(json.dumps(entries))
+    clips = ClipFolder(str(folder), annotations=str(folder / "annotations.json"))
+    ClipDataset(clips, **SMALL, augmentation=Augmentation())
+    dataset(root)
+    assert not recwarn
+    with pytest.warns(UserWarning, match="2 of 3 clips have an empty ground truth.*: test_000000, test_000002$"):
+        ClipDataset(clips, **SMALL)
+
+
 def test_leakage_stops_training_before_it_starts(root, tmp_path):
     train = generated_split(root, "train")
     with pytest.raises(LeakageError, match="14 of the 14 test clips"):
