@@ -42,8 +42,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return {str(name).removeprefix("module."): value for name, value in found.items()}
 
 
-def check_resumable(path: str | Path) -> None:
-    """See that a file is a checkpoint of Lightning's.
+def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
+    """A checkpoint of Lightning's.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -52,6 +52,7 @@ def check_resumable(path: str | Path) -> None:
     found = _read(path)
     if not isinstance(found, Mapping) or "pytorch-lightning_version" not in found:
         raise ValueError(f"{path} is no checkpoint of `fnac fit`; weights alone are given as --model.init_from")
+    return found
 
 
 def _read(path: str | Path) -> Any:

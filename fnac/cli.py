@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 import warnings
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import jsonargparse
@@ -14,8 +14,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from fnac.audio import MediaError
 from fnac.callbacks import BestAndLast
-from fnac.checkpoints import check_resumable
-from fnac.data.datamodule import ClipData
+from fnac.checkpoints import read_checkpoint
+from fnac.data.datamodule import READING, SAMPLING, ClipData
 from fnac.data.generate import make_data
 from fnac.data.leakage import check_leakage
 from fnac.demo import demo
@@ -39,11 +39,26 @@ class LocalizationCLI(LightningCLI):
         parser.add_argument("--results", type=str, default="runs/results.json", help="file for the scores of `test`")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Refuse a file that is no checkpoint before Lightning looks for hyperparameters in it."""
+        """Take from a checkpoint how it was trained, where the user does not say otherwise."""
         super().parse_arguments(parser, args)
-        path = self.config[self.config["subcommand"]]["ckpt_path"]
-        if path and Path(path).suffix:  # else a word of Lightning's: best, last, ...
-            check_resumable(path)
+        command = self.config["subcommand"]
+        path = self.config[command]["ckpt_path"]
+        if path in ("best", "last"):  # Lightning's words for what the same process has trained
+            raise ValueError(f"ckpt_path must be a file, such as runs/.../checkpoints/{path}.ckpt, got {path!r}")
+        if path is None or path == "hpc":
+            return
+        checkpoint = read_checkpoint(path)
+        known, saved = self.config[command]["model"], checkpoint.get("hyper_parameters", {})
+        model = {name: value for name, value in saved.items() if name in known and name != "seed"}
+        data = checkpoint.get(ClipData.__qualname__, {})
+        defaults = {f"model.{name}": value for name, value in model.items()}
+        defaults |= {f"data.{name}": data[name] for name in READING if name in data}
+        if command == "fit":
+            flags = {name: "seed_everything" if name == "seed" else f"data.{name}" for name in SAMPLING}
+            defaults |= {flag: data[name] for name, flag in flags.items() if name in data}
+        self._subcommand_parsers[command].set_defaults(defaults)
+        super().parse_arguments(parser, args)
+        _refuse_other(self.config[command]["model"], model, path)
 
     def before_fit(self) -> None:
         """Checkpoints hold tensors and plain values only: nothing else is unpickled."""
@@ -74,7 +89,7 @@ class LocalizationCLI(LightningCLI):
         write_results(
             config["results"], self.model.results, weights=weights, clips=clips, upsampling=upsampling,
             precision=str(self.trainer.precision), object_alpha=config["model"]["object_alpha"],
-            object_weights=config["model"]["object_weights"],
+            object_weights=config["model"]["object_weights"], input=self.datamodule.input,
         )  # fmt: skip
         print(f"\nwritten to {config['results']}")
 
@@ -86,6 +101,17 @@ class LocalizationCLI(LightningCLI):
 
     def _checkpoints_are_data(self) -> None:
         self.config_init[self.subcommand]["weights_only"] = True
+
+
+def _refuse_other(given: Mapping[str, Any], trained: Mapping[str, Any], path: str) -> None:
+    """Lightning takes the checkpoint's hyperparameters, whatever flags say: do not let it do so silently."""
+    for name, value in trained.items():
+        wanted, got = (list(v) if isinstance(v, tuple) else v for v in (value, given[name]))
+        if got != wanted:
+            raise ValueError(
+                f"--model.{name} is {got}, but {path} was trained with {wanted}: leave the flag out, or take the "
+                "checkpoint's weights alone, with --model.init_from instead of --ckpt_path"
+            )
 
 
 COMMANDS: dict[str, Any] = {"make-data": make_data, "check-leakage": check_leakage, "demo": demo}

@@ -162,7 +162,7 @@ class _Demo:
         runs = {name: self._train(name, data, settings.epochs) for name in (FNAC, NCE)}
         with self._stage("evaluation"):
             table, examples = self._evaluate(data)
-        self._report(table, examples, runs)
+        self._report(table, examples, runs, data)
         return table
 
     @contextmanager
@@ -220,12 +220,14 @@ class _Demo:
                 baselines = model.results
         return table | baselines, choose_examples(data.test_set, maps)
 
-    def _report(self, table: dict[str, dict[str, float]], examples: list[Any], runs: Mapping[str, History]) -> None:
+    def _report(
+        self, table: dict[str, dict[str, float]], examples: list[Any], runs: Mapping[str, History], data: ClipData
+    ) -> None:
         settings, folder = self.settings, self.folder
         notes = [margin(table), compare(table, settings.test)]
         write_results(
             folder / "results.json", table, settings=asdict(settings), seconds=self.seconds, precision=self.precision,
-            upsampling="bicubic", selection="epoch with the best mean cIoU on the validation split",
+            upsampling="bicubic", input=data.input, selection="epoch with the best mean cIoU on the validation split",
         )  # fmt: skip
         write_report(
             folder / "report.html",

@@ -18,6 +18,9 @@ from fnac.data.layout import ClipFolder
 from fnac.data.leakage import OnLeakage, refuse_leakage
 from fnac.data.vggss import Augmentation, ClipDataset, OnBadClip
 
+READING = ("image_size", "sample_rate", "clip_seconds")  # what makes the network's input of a file
+SAMPLING = ("batch_size", "seed", "flip", "masks", "mask_width")  # what else the course of training depends on
+
 
 class ClipData(LightningDataModule):
     """Training, validation and test clips.
@@ -90,7 +93,15 @@ class ClipData(LightningDataModule):
             "clip_seconds": clip_seconds,
             "cache": cache,
         }
+        self.settings = {name: self.reading[name] for name in READING} | {
+            "batch_size": batch_size, "seed": seed, "flip": flip, "masks": masks, "mask_width": mask_width,
+        }  # fmt: skip
         self._sets: dict[str, ClipDataset] = {}
+
+    @property
+    def input(self) -> dict[str, Any]:
+        """Size, rate and seconds of what the network is given: scores depend on them."""
+        return {name: self.settings[name] for name in READING}
 
     @property
     def train_set(self) -> ClipDataset:
@@ -136,6 +147,22 @@ class ClipData(LightningDataModule):
             raise ValueError(
                 f"{evaluated}: annotations are needed to evaluate (--data.{evaluated}.annotations), got none"
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What checkpoints keep: how clips were prepared and drawn."""
+        return dict(self.settings)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse clips prepared otherwise than those a checkpoint was trained on, and to resume with another order."""
+        fitting = self.trainer is not None and self.trainer.state.fn == "fit"
+        for name in READING + SAMPLING if fitting else READING:
+            here, there = self.settings[name], state_dict[name]
+            if here != there:
+                flag = "--seed_everything" if name == "seed" else f"--data.{name}"
+                raise ValueError(
+                    f"{flag} is {here}, but the checkpoint was trained with {there}: give {flag} {there}, or take the "
+                    "checkpoint's weights alone, with --model.init_from instead of --ckpt_path"
+                )
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled by seed and epoch; batches are all full."""

@@ -52,10 +52,21 @@ def test_fit_validate_test_predict(run, tmp_path, generated, capsys):
     assert scores["clips"] == 7
     assert 0 <= scores["scores"]["model"]["auc"] <= 1
 
-    # The checkpoint says what its weights mean, so evaluation need not repeat it.
-    main(["test", f"--data.root={generated}", *DATA, *QUIET, best, "--results=again.json"])
+    assert scores["input"] == {"image_size": 48, "sample_rate": 16_000, "clip_seconds": 0.25}
+
+    # The checkpoint says what its weights mean and how clips were prepared, so evaluation need not repeat it.
+    main(["test", f"--data.root={generated}", *QUIET, best, "--results=again.json"])
     again = json.loads((tmp_path / "again.json").read_text())
     assert again["scores"]["model"] == scores["scores"]["model"]
+    assert again["input"] == scores["input"]
+    with pytest.raises(
+        SystemExit, match=r"--data\.image_size is 64, but .* trained with 48: give --data.image_size 48"
+    ):
+        run("test", best, "--data.image_size=64")
+    with pytest.raises(
+        SystemExit, match=r"--model\.dim is 8, but .*best\.ckpt was trained with 16: leave the flag out"
+    ):
+        run("test", best, "--model.dim=8")
 
     run("predict", best, "--predictions.output_dir=maps")
     written = sorted(path.name for path in (tmp_path / "maps").iterdir())
@@ -67,8 +78,11 @@ def test_fit_validate_test_predict(run, tmp_path, generated, capsys):
 def test_a_finished_run_is_continued_with_more_epochs(run, tmp_path):
     run("fit", "--trainer.max_epochs=1", "--seed_everything=5")
     (last,) = tmp_path.glob("runs/*/version_0/checkpoints/last.ckpt")
-    run("fit", "--trainer.max_epochs=2", "--seed_everything=5", f"--ckpt_path={last}")
-    assert list(tmp_path.glob("runs/*/version_1/checkpoints/last.ckpt"))
+    for flag, before in (("--seed_everything", 5), ("--data.batch_size", 8)):
+        with pytest.raises(SystemExit, match=f"{flag} is 6, but the checkpoint was trained with {before}"):
+            run("fit", "--trainer.max_epochs=2", f"--ckpt_path={last}", f"{flag}=6")
+    run("fit", "--trainer.max_epochs=2", f"--ckpt_path={last}")
+    assert len(list(tmp_path.glob("runs/*/*/checkpoints/last.ckpt"))) == 2
 
 
 def test_unreadable_media_are_named(run, tmp_path, generated):
