@@ -7,15 +7,34 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from fnac.files import once_whole
 
 
+class WholeFiles(TorchCheckpointIO):
+    """Writes checkpoints beside their place. Lightning's own way is to copy them from the folder of temporary files,
+    which leaves half a file where that lies on another disk and the copy is cut off.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a file under its name only once it is whole; what has no folders (``s3://``) is left to Lightning."""
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        with once_whole(path) as partial:
+            torch.save(checkpoint, partial)
+
+
 class BestAndLast(ModelCheckpoint):
     """Keeps the last epoch (``last.ckpt``) and the best on the validation split (``best.ckpt``), where there is one.
+
+    A run that is stopped within an epoch keeps its last whole step as ``last.ckpt``.
 
     Args:
         monitor: score to choose by.
@@ -26,20 +45,56 @@ class BestAndLast(ModelCheckpoint):
         super().__init__(
             dirpath, filename="best", monitor=monitor, mode="max", save_last=False, enable_version_counter=False
         )
-        self.fitting, self.resumed_from = False, Path()
+        self.fitting, self.between_steps, self.resumed_from = False, False, Path()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Without validation there is no best: only the last epoch is kept."""
         super().setup(trainer, pl_module, stage)
-        self.fitting = stage == "fit"
+        self.fitting, self.between_steps = stage == "fit", False
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeFiles()
         folders: Mapping[str, Any] = getattr(trainer.datamodule, "folders", {})  # type: ignore[attr-defined]
         if self.fitting and folders.get("val") is None:
             self.monitor, self.save_top_k = None, 0
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """From here to the step's end there is no state to resume exactly from."""
+        self.between_steps = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the step where training stops within an epoch: Lightning would call that the epoch's end."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self.between_steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        self._keep_if_stopping(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the scores too where training stops within an epoch: Lightning validates then."""
+        super().on_validation_end(trainer, pl_module)
+        self._keep_if_stopping(trainer)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the epoch, best or not. Lightning's own ``save_last`` writes the file with a new best only."""
         super().on_train_epoch_end(trainer, pl_module)
-        trainer.save_checkpoint(Path(self.dirpath or "", "last.ckpt"), weights_only=False)  # all there is to resume
+        if trainer.is_last_batch:
+            self._keep_last(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Keep the last step where none is under way: on SIGTERM, which waits for its end, or an unreadable file."""
+        super().on_exception(trainer, pl_module, exception)
+        together = trainer.world_size == 1 or isinstance(exception, SIGTERMException)  # else the others would not come
+        if trainer.training and together and self.between_steps and not trainer.is_last_batch:
+            self._keep_last(trainer)
+
+    def _keep_if_stopping(self, trainer: Trainer) -> None:
+        stopping = trainer.should_stop or trainer.global_step == trainer.max_steps
+        if stopping and self.between_steps and not trainer.is_last_batch:
+            self._keep_last(trainer)
+
+    def _keep_last(self, trainer: Trainer) -> None:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.save_checkpoint(Path(self.dirpath or "", "last.ckpt"), weights_only=False)  # all, to resume from
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note where it lies: the best epoch so far lies beside it."""
@@ -55,7 +110,7 @@ class BestAndLast(ModelCheckpoint):
 
     def _take_along(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         best = self.resumed_from.with_name(f"{self.filename}{self.FILE_EXTENSION}")
-        if not best.is_file():
+        if not best.is_file() or state_dict["best_model_score"] is None:
             if state_dict["best_model_path"]:
                 rank_zero_warn(f"{best} is not there: the best of the epochs to come will be kept")
             return {"best_model_path": "", "best_model_score": None, "best_k_models": {}, "kth_best_model_path": ""}

@@ -27,7 +27,7 @@ class Localization(LightningModule):
     """Trains the two encoders with the FNAC loss, and scores or returns their localization maps.
 
     The first epochs train with NCE alone, the others with the published weights. Random numbers of a step (dropout)
-    depend on ``seed``, rank and step alone, so a resumed run draws what an uninterrupted one would have drawn.
+    depend on ``seed``, rank, step and part alone, so a resumed run draws what an uninterrupted one would have drawn.
 
     Args:
         dim: size of the embeddings.
@@ -132,14 +132,13 @@ class Localization(LightningModule):
         cosines = paired_maps(img, aud, 1.0, backend=self.loss.backend)
         return metrics.upsample(cosines, mode=self.upsampling)
 
-    def on_train_epoch_start(self) -> None:
-        """Switch to the published weights once the warm-up is over."""
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Switch to the published weights once the warm-up is over; seed each batch whose gradients a step takes."""
+        # Not at the epoch's start, which Lightning leaves out where it resumes within an epoch.
         warming_up = self.current_epoch < self.hparams["warmup_epochs"]
         self.loss.weights = (self.weights[0], 0, 0, 0) if warming_up else self.weights
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seed the step."""
-        state = np.random.SeedSequence([self.hparams["seed"], self.global_rank, self.global_step])
+        part = batch_idx % self.trainer.accumulate_grad_batches
+        state = np.random.SeedSequence([self.hparams["seed"], self.global_rank, self.global_step, part])
         torch.manual_seed(int(state.generate_state(1, np.uint64)[0]))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:

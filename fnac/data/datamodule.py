@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -167,7 +167,10 @@ class ClipData(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Shuffled by seed and epoch; batches are all full."""
         sampler = EpochSampler(self.train_set, seed=self.seed, drop_last=True, **self._world())
-        return ResumableLoader(self.train_set, sampler=sampler, drop_last=True, **self._loading())
+        loader = ResumableLoader(self.train_set, sampler=sampler, drop_last=True, **self._loading())
+        if (trainer := self.trainer) is not None:
+            loader.trained = lambda: trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
+        return loader
 
     def val_dataloader(self) -> DataLoader | list:
         """In order, each clip once; nothing where there are no validation clips."""
@@ -274,12 +277,14 @@ class ResumableLoader(DataLoader):
     It also counts the clips that :func:`collate` left out, and says how many they were.
     """
 
-    given = 0
+    given, begun = 0, 0
+    trained: Callable[[], int] | None = None  # asks the trainer how many of the given batches it has trained on
     resume: dict[str, int] | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # A generator, so nothing happens before the first batch is asked for: by then Lightning has set the epoch.
         resume, self.resume = self.resume, None
+        self.begun = self._epoch()
         self.given = resume["given"] if resume and resume["epoch"] == self._epoch() else 0
         batch_size, skipped = self.batch_size or 1, 0
         if isinstance(self.sampler, EpochSampler):
@@ -296,8 +301,8 @@ class ResumableLoader(DataLoader):
         return self.sampler.epoch if isinstance(self.sampler, EpochSampler) else 0
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and how many of its batches have been given."""
-        return {"epoch": self._epoch(), "given": self.given}
+        """The epoch of the pass, and how many of its batches have been used: those given, but for one not trained."""
+        return {"epoch": self.begun, "given": self.trained() if self.trained else self.given}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Let the next pass go on after those batches, if it is over the same epoch."""

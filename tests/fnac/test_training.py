@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import textwrap
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
 
 from fnac.callbacks import BestAndLast, History
 from fnac.metrics import LocalizationScores
@@ -119,6 +121,82 @@ def test_a_killed_run_goes_on_within_its_epoch_to_the_same_weights(tmp_path, gen
     assert continued.val == whole.val
     for (name, ours), theirs in zip(resumed.state_dict().items(), uninterrupted.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+class Fail(Callback):
+    """Fails, or has Lightning stop the run, where the fifth step is to begin."""
+
+    def __init__(self, how):
+        self.how = how
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == 4:
+            if self.how == "sigterm":
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                raise RuntimeError("failed")
+
+
+@pytest.mark.parametrize(
+    ("how", "step"), [("max_steps", 4), ("max_time", 1), ("sigterm", 5), ("exception", 4), ("theirs", 4)]
+)
+def test_a_run_stopped_within_an_epoch_goes_on_with_the_batches_left(tmp_path, make_model, make_clips, how, step):
+    def run(folder, *callbacks, ckpt_path=None, **options):
+        model, history = make_model(warmup_epochs=1), History()
+        saving = BestAndLast("val/ciou", dirpath=str(tmp_path / folder))
+        trainer(tmp_path, *callbacks, history, saving, **({"max_epochs": 3} | options)).fit(
+            model, make_clips(), ckpt_path=ckpt_path, weights_only=True
+        )
+        return model, history
+
+    path = tmp_path / "stopped" / "last.ckpt"
+    if how == "max_steps":
+        run("stopped", max_steps=4, max_epochs=-1)
+    elif how == "max_time":
+        run("stopped", max_time={"microseconds": 1})
+    elif how == "sigterm":
+        with pytest.raises(SystemExit):
+            run("stopped", Fail(how))
+    else:
+        theirs = [OnExceptionCheckpoint(tmp_path)] if how == "theirs" else []
+        with pytest.raises(RuntimeError, match="failed"):
+            run("stopped", Fail(how), *theirs)
+        path = theirs[0].ckpt_path if theirs else path
+    assert torch.load(path, weights_only=True)["global_step"] == step
+    resumed, continued = run("resumed", ckpt_path=path)
+    uninterrupted, whole = run("whole")
+    assert [entry["step"] for entry in continued.train] == list(range(1, 10))
+    assert continued.train == whole.train
+    assert [entry for entry in continued.val if entry["step"] % 3 == 0] == whole.val  # where it stops it validates
+    assert torch.equal(flat(resumed), flat(uninterrupted))
+
+
+def test_checkpoints_are_written_where_they_belong(tmp_path, make_model, make_clips, monkeypatch):
+    """A file brought from the folder of temporary files is copied, where that is on another disk."""
+
+    def copied(*_):
+        raise AssertionError("a file was brought from elsewhere")
+
+    monkeypatch.setattr(shutil, "move", copied)
+    trainer(tmp_path, BestAndLast(dirpath=str(tmp_path / "kept")), max_epochs=1).fit(make_model(), make_clips())
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
+def test_a_trial_run_keeps_nothing(tmp_path, make_model, make_clips):
+    trainer(tmp_path, BestAndLast(dirpath=str(tmp_path / "kept")), fast_dev_run=True).fit(make_model(), make_clips())
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_accumulated_batches_draw_random_numbers_of_their_own(tmp_path, make_model, make_clips):
+    draws = []
+
+    class Draw(Callback):
+        def on_train_batch_end(self, *_):
+            draws.append(torch.rand(()).item())
+
+    options = {"max_epochs": 2, "accumulate_grad_batches": 2, "limit_val_batches": 0}
+    trainer(tmp_path, Draw(), **options).fit(make_model(), make_clips())
+    assert len(set(draws)) == len(draws) == 6
 
 
 class Interrupt(Callback):
