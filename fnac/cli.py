@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jsonargparse
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -31,6 +32,10 @@ DESCRIPTION = """Audio-visual sound source localization with FNAC: fit, validate
 class LocalizationCLI(LightningCLI):
     """Lightning's command line over the project's Lightning module and data module."""
 
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """A seed is a number: Lightning's own flag may also say that there is none."""
+        parser.add_argument("--seed_everything", type=int, default=self.seed_everything_default, help="seed of all")
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """One seed for all, and where predictions and results go."""
         parser.link_arguments("seed_everything", "data.seed")
@@ -42,6 +47,8 @@ class LocalizationCLI(LightningCLI):
         """Take from a checkpoint how it was trained, where the user does not say otherwise."""
         super().parse_arguments(parser, args)
         command = self.config["subcommand"]
+        if self.config[command].get("lr_scheduler") and not self.config[command].get("optimizer"):
+            raise ValueError("--lr_scheduler is given without --optimizer; both are needed, --optimizer Adam for one")
         path = self.config[command]["ckpt_path"]
         if path in ("best", "last"):  # Lightning's words for what the same process has trained
             raise ValueError(f"ckpt_path must be a file, such as runs/.../checkpoints/{path}.ckpt, got {path!r}")
@@ -59,6 +66,12 @@ class LocalizationCLI(LightningCLI):
         self._subcommand_parsers[command].set_defaults(defaults)
         super().parse_arguments(parser, args)
         _refuse_other(self.config[command]["model"], model, path)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Without the callback that keeps checkpoints where none are wanted."""
+        if self.config[self.config["subcommand"]]["trainer"]["enable_checkpointing"] is False:
+            del self.trainer_defaults["callbacks"]
+        return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
         """Checkpoints hold tensors and plain values only: nothing else is unpickled."""
@@ -83,7 +96,7 @@ class LocalizationCLI(LightningCLI):
         """Print the scores beside the baselines and write them to a file."""
         config = self.config["test"]
         weights = config["ckpt_path"] or config["model"]["init_from"] or "untrained"
-        clips, upsampling = len(self.datamodule.test_set), config["model"]["upsampling"]
+        clips, upsampling = self.model.clips, config["model"]["upsampling"]
         print(f"\n{weights}: {clips} clips, maps brought to pixels by {upsampling} interpolation; in percent:\n")
         print(render(self.model.results))
         write_results(
@@ -96,8 +109,7 @@ class LocalizationCLI(LightningCLI):
     @rank_zero_only
     def after_predict(self) -> None:
         """Say where the maps are."""
-        folder = self.config["predict"]["predictions"]["output_dir"]
-        print(f"maps and pictures of {len(self.datamodule.test_set)} clips: {folder}")
+        print(f"maps and pictures: {self.config['predict']['predictions']['output_dir']}")
 
     def _checkpoints_are_data(self) -> None:
         self.config_init[self.subcommand]["weights_only"] = True
@@ -134,7 +146,8 @@ def main(args: list[str] | None = None) -> None:
     except Exception as error:
         if not _explains_itself(error):
             raise
-        sys.exit(f"fnac: {error}")
+        # Of an error in a loader's process torch makes its traceback, which ends with the error's own words.
+        sys.exit(f"fnac: {str(error).strip().rpartition(f'{type(error).__name__}: ')[2]}")
 
 
 def run_lightning(args: list[str] | None) -> None:
@@ -161,7 +174,7 @@ def run_lightning(args: list[str] | None) -> None:
 
 def _explains_itself(error: Exception) -> bool:
     """Files that are not there, and what this project's code raises on purpose, need no traceback."""
-    if isinstance(error, (FileNotFoundError, FileExistsError, MediaError)):
+    if isinstance(error, (OSError, MediaError)):
         return True
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     raised_by = frame.f_globals["__name__"].partition(".")[0]

@@ -93,10 +93,22 @@ def demo(
     settings = DemoSettings(
         seed, train, val, test, single, encoder_epochs, epochs, warmup_epochs, batch_size, distance_weight
     )
+    _check(settings)
     folder = Path(out)
     _claim(folder, settings)
     with _quiet():
         return _Demo(folder, settings, progress).run()
+
+
+def _check(settings: DemoSettings) -> None:
+    for name in ("val", "test", "single", "encoder_epochs", "epochs", "batch_size"):
+        if (value := getattr(settings, name)) < 1:
+            raise ValueError(f"{name} is {value}; it should be at least 1")
+    if min(settings.train, settings.single) < settings.batch_size:
+        raise ValueError(
+            f"train is {settings.train}, single {settings.single}; both should be at least batch_size, which is "
+            f"{settings.batch_size}: training takes whole batches"
+        )
 
 
 def _claim(folder: Path, settings: DemoSettings) -> None:
@@ -224,9 +236,11 @@ class _Demo:
         self, table: dict[str, dict[str, float]], examples: list[Any], runs: Mapping[str, History], data: ClipData
     ) -> None:
         settings, folder = self.settings, self.folder
+        if (results := folder / "results.json").is_file():  # of the call that did what this one found done
+            self.seconds |= json.loads(results.read_text())["seconds"]
         notes = [margin(table), compare(table, settings.test)]
         write_results(
-            folder / "results.json", table, settings=asdict(settings), seconds=self.seconds, precision=self.precision,
+            results, table, settings=asdict(settings), seconds=self.seconds, precision=self.precision,
             upsampling="bicubic", input=data.input, selection="epoch with the best mean cIoU on the validation split",
         )  # fmt: skip
         write_report(

@@ -25,7 +25,7 @@ def clip_id(name: str) -> str:
 
 
 def row_id(row: Sequence[str]) -> str:
-    """The id of a csv's row: its first column, in VGG-Sound's and AudioSet's own lists joined with the second.
+    """The id of a csv's row: its first column; of VGG-Sound's and AudioSet's own lists, which have four, with the second.
 
     What follows VGG-Sound's ids after a space, or any after a tab, is no part of them.
     """
@@ -33,7 +33,7 @@ def row_id(row: Sequence[str]) -> str:
     if words and CLIP.fullmatch(first := clip_id(words[0])):
         return first
     name = clip_id(row[0].split("\t")[0])
-    if len(row) > 1 and VIDEO.fullmatch(name) and SECOND.fullmatch(second := row[1].strip()):
+    if len(row) > 3 and VIDEO.fullmatch(name) and SECOND.fullmatch(second := row[1].strip()):
         return f"{name}_{int(float(second)):06d}"
     return name
 

@@ -68,6 +68,9 @@ def test_fit_validate_test_predict(run, tmp_path, generated, capsys):
     ):
         run("test", best, "--model.dim=8")
 
+    run("test", best, "--results=few.json", "--trainer.limit_test_batches=2", "--data.batch_size=2")
+    assert json.loads((tmp_path / "few.json").read_text())["clips"] == 4
+
     run("predict", best, "--predictions.output_dir=maps")
     written = sorted(path.name for path in (tmp_path / "maps").iterdir())
     assert len(written) == 14
@@ -155,6 +158,26 @@ def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch, arguments, message
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=f"^fnac: .*{message}"):
         main(arguments)
+
+
+def test_a_scheduler_needs_an_optimizer(run):
+    with pytest.raises(SystemExit, match=r"^fnac: --lr_scheduler is given without --optimizer"):
+        run("fit", "--lr_scheduler=StepLR", "--lr_scheduler.step_size=1")
+
+
+def test_no_checkpoints_where_none_are_wanted(run, tmp_path):
+    run("fit", "--trainer.max_steps=1", "--trainer.enable_checkpointing=false")
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_an_unreadable_file_in_a_loaders_process_is_told_in_one_line(run, generated, tmp_path, monkeypatch):
+    broken = tmp_path / "broken"
+    shutil.copytree(generated, broken)
+    for sound in (broken / "test" / "audio").iterdir():
+        sound.write_bytes(b"no sound")
+    with pytest.raises(SystemExit, match=r"^fnac: cannot read sound .*\.wav: .*") as exit_:
+        main(["test", f"--data.root={broken}", *MODEL, *DATA, *QUIET, "--data.num_workers=1"])
+    assert "\n" not in str(exit_.value)
 
 
 def test_without_its_libraries_the_command_says_what_to_install():

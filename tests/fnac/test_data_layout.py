@@ -214,7 +214,7 @@ VGG_CLIPS = ["zpWuikVorYg_000032", "-x_uikVorY9_000000"]
         "zpWuikVorYg_000032.mp4\nvideos/-x_uikVorY9_000000.WAV\n",
         "C:\\clips\\zpWuikVorYg_000032.jpg\n-x_uikVorY9_000000\n",
         "zpWuikVorYg,32,elk bugling,train\n-x_uikVorY9,0,people coughing,test\n",
-        "# YTID, start_seconds\nzpWuikVorYg, 32.000, 42.000\n-x_uikVorY9, 0.000, 10.000\n",
+        "# YTID, start_seconds\nzpWuikVorYg, 32.000, 42.000, /m/0\n-x_uikVorY9, 0.000, 10.000, /m/1\n",
         "zpWuikVorYg_000032 elk bugling, far\n-x_uikVorY9_000000.mp4\tpeople coughing\n",
         "file,class\nzpWuikVorYg_000032,a\n-x_uikVorY9_000000,b\n",
         "\ufeffzpWuikVorYg_000032\n-x_uikVorY9_000000\n",

@@ -63,7 +63,9 @@ def test_a_second_run_uses_what_is_there(run, monkeypatch):
 
     monkeypatch.setattr(demo_module, "warm_up", not_again)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("best.ckpt")}
+    report = (folder / "results.json").read_text()
     assert demo(str(folder), **TINY) == table
+    assert json.loads((folder / "results.json").read_text())["seconds"] == json.loads(report)["seconds"]
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("best.ckpt")} == before
 
 
@@ -89,6 +91,16 @@ def test_another_setting_needs_another_folder(run):
     folder, _ = run
     with pytest.raises(FileExistsError, match="other settings"):
         demo(str(folder), **{**TINY, "seed": 1})
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [({"val": 0}, "val is 0; it should be at least 1"), ({"epochs": 0}, "epochs is 0"), ({"train": 4}, "train is 4, ")],
+)
+def test_what_cannot_be_trained_or_scored_is_told_first(tmp_path, setting, message):
+    with pytest.raises(ValueError, match=message):
+        demo(str(tmp_path / "run"), **{**TINY, **setting})
+    assert not (tmp_path / "run").exists()
 
 
 def row(ap50, pointing):
