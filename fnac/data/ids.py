@@ -25,7 +25,7 @@ def clip_id(name: str) -> str:
 
 
 def row_id(row: Sequence[str]) -> str:
-    """The id of a csv's row: its first column; of VGG-Sound's and AudioSet's own lists, which have four, with the second.
+    """The id of a csv's row: its first column; of VGG-Sound's and AudioSet's lists, which have four, with the second.
 
     What follows VGG-Sound's ids after a space, or any after a tab, is no part of them.
     """
