@@ -132,6 +132,7 @@ def _quiet() -> Iterator[None]:
             "Checkpoint directory",
             "no logger configured",
             "found in eval mode",
+            "callbacks used to create the checkpoint",
         ):
             warnings.filterwarnings("ignore", f".*{hint}.*")
         logger.setLevel(logging.WARNING)
