@@ -101,6 +101,7 @@ def demo(
 
 
 def _check(settings: DemoSettings) -> None:
+    """Refuse what could not be trained or scored before anything is trained."""
     for name in ("val", "test", "single", "encoder_epochs", "epochs", "batch_size"):
         if (value := getattr(settings, name)) < 1:
             raise ValueError(f"{name} is {value}; it should be at least 1")

@@ -170,9 +170,10 @@ class Localization(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Keep the table as ``results``, {row: {score: value in 0..1}} of ``clips`` clips, and log the model's row."""
+        scored = self.test_scores[0].totals[0]  # type: ignore[index]
+        self.clips = int(self.trainer.strategy.reduce(scored, reduce_op="sum"))
         for row, scores in zip(self.rows, self.test_scores, strict=True):
             self.results[row] = {name: float(value) for name, value in scores.compute().items()}  # type: ignore[operator]
-            self.clips = int(self.trainer.strategy.reduce(scores.totals[0], reduce_op="sum"))  # type: ignore[index]
             scores.reset()  # type: ignore[operator]
         self.log_dict({f"test/{name}": value for name, value in self.results[MODEL].items()}, sync_dist=True)
 

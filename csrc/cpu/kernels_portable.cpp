@@ -15,8 +15,7 @@ float widen(Float16 x) {
     const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
     const uint32_t rest = x.bits & 0x7fff;
     if (rest >= 0x7c00) return std::bit_cast<float>(sign | 0x7f800000 | (rest & 0x3ff) << 13);
-    // A denormal's bits at the bottom of 0.5 add its value: no float32 denormal, which callers may flush to
-    // 0.
+    // A denormal's bits at the bottom of 0.5 add its value: no float32 denormal, which might be flushed.
     const float magnitude = rest < 0x400 ? std::bit_cast<float>(0x3f000000 | rest) - 0.5f
                                          : std::bit_cast<float>(0x38000000 + (rest << 13));
     return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(magnitude));
