@@ -27,12 +27,15 @@ class MediaError(ValueError):
     """A file that cannot be read as the sound or image it should be; the message names it."""
 
 
-def load_audio(path: str | Path, *, seconds: float | None = None, sample_rate: int | None = None) -> tuple[Tensor, int]:
+def load_audio(
+    path: str | Path, *, seconds: float | None = None, moment: float | None = None, sample_rate: int | None = None
+) -> tuple[Tensor, int]:
     """Read a sound file, channels averaged.
 
     Args:
         path: any format that libsndfile reads (wav, flac, ogg, mp3, ...).
         seconds: take this much from the middle of the file, repeating the sound if it is shorter.
+        moment: the middle of what is taken, in seconds, as near as the file's ends allow; by default the file's.
         sample_rate: resample to this rate in Hz; by default the file's own is kept, as in the official code.
 
     Returns:
@@ -48,7 +51,8 @@ def load_audio(path: str | Path, *, seconds: float | None = None, sample_rate: i
             _check_rate(path, rate, sample_rate)
             frames = file.frames if seconds is None else min(round(seconds * rate), file.frames)
             _check_size(path, frames, file.channels, rate, sample_rate)
-            file.seek((file.frames - frames) // 2)
+            start = (file.frames - frames) // 2 if moment is None else round(moment * rate) - frames // 2
+            file.seek(min(max(start, 0), file.frames - frames))
             channels = file.read(frames, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError) as error:
         raise MediaError(f"cannot read sound {path}: {error}") from error

@@ -14,6 +14,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from fnac.data.avsbench import AVSBench
+from fnac.evaluation import BOX_SCORES, MASK_SCORES, Score
 from fnac.files import once_whole
 
 
@@ -37,24 +39,33 @@ class BestAndLast(ModelCheckpoint):
     A run that is stopped within an epoch keeps its last whole step as ``last.ckpt``.
 
     Args:
-        monitor: score to choose by.
+        score: to choose by; by default ``ap50``, or ``miou`` where the validation clips have masks.
         dirpath: folder; by default below the logger's.
     """
 
-    def __init__(self, monitor: str = "val/ap50", dirpath: str | None = None) -> None:
-        super().__init__(
-            dirpath, filename="best", monitor=monitor, mode="max", save_last=False, enable_version_counter=False
-        )
+    def __init__(self, score: Score | None = None, dirpath: str | None = None) -> None:
+        super().__init__(dirpath, filename="best", mode="max", save_last=False, enable_version_counter=False)
+        self.score = score
         self.fitting, self.between_steps, self.resumed_from = False, False, Path()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Without validation there is no best: only the last epoch is kept."""
+        """Without validation there is no best: only the last epoch is kept.
+
+        Raises:
+            ValueError: the validation clips have no such score.
+        """
         super().setup(trainer, pl_module, stage)
         self.fitting, self.between_steps = stage == "fit", False
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeFiles()
         folders: Mapping[str, Any] = getattr(trainer.datamodule, "folders", {})  # type: ignore[attr-defined]
-        if self.fitting and folders.get("val") is None:
+        validation = folders.get("val")
+        scores = MASK_SCORES if isinstance(validation, AVSBench) else BOX_SCORES
+        if self.fitting and self.score not in (None, *scores):
+            raise ValueError(f"score is {self.score!r}; validation clips of this kind have {', '.join(scores)}")
+        if validation is not None:
+            self.monitor = f"val/{self.score or scores[0]}"
+        elif self.fitting:
             self.monitor, self.save_top_k = None, 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -6,6 +6,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jsonargparse
@@ -20,9 +21,10 @@ from fnac.data.datamodule import READING, SAMPLING, ClipData
 from fnac.data.generate import make_data
 from fnac.data.leakage import check_leakage
 from fnac.demo import demo
+from fnac.evaluation import Score
 from fnac.prediction import PredictionWriter
-from fnac.results import render, write_results
-from fnac.training import Localization, accelerator, fast_precision
+from fnac.results import render, write_clips, write_results
+from fnac.training import MODEL, Localization, accelerator, fast_precision
 
 DESCRIPTION = """Audio-visual sound source localization with FNAC: fit, validate, test and predict as below (each with
 --help), and three commands of their own: `fnac demo` trains and evaluates on generated data from nothing,
@@ -41,7 +43,11 @@ class LocalizationCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.seed")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
-        parser.add_argument("--results", type=str, default="runs/results.json", help="file for the scores of `test`")
+        help_ = "json file for the scores of `test`; those of each clip go into a csv beside it"
+        parser.add_argument(
+            "--best_by", type=Score | None, default=None, help="validation score that chooses best.ckpt"
+        )
+        parser.add_argument("--results", type=str, default="runs/results.json", help=help_)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Take from a checkpoint how it was trained, where the user does not say otherwise."""
@@ -49,6 +55,11 @@ class LocalizationCLI(LightningCLI):
         command = self.config["subcommand"]
         if self.config[command].get("lr_scheduler") and not self.config[command].get("optimizer"):
             raise ValueError("--lr_scheduler is given without --optimizer; both are needed, --optimizer Adam for one")
+        results = self.config[command]["results"]
+        if not results.endswith(".json"):
+            raise ValueError(
+                f"--results should be a .json file, got {results!r}; each clip's scores go to a .csv beside it"
+            )
         path = self.config[command]["ckpt_path"]
         if path in ("best", "last"):  # Lightning's words for what the same process has trained
             raise ValueError(f"ckpt_path must be a file, such as runs/.../checkpoints/{path}.ckpt, got {path!r}")
@@ -68,9 +79,10 @@ class LocalizationCLI(LightningCLI):
         _refuse_other(self.config[command]["model"], model, path)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Without the callback that keeps checkpoints where none are wanted."""
-        if self.config[self.config["subcommand"]]["trainer"]["enable_checkpointing"] is False:
-            del self.trainer_defaults["callbacks"]
+        """With the callback that keeps checkpoints, unless none are wanted."""
+        config = self.config[self.config["subcommand"]]
+        if config["trainer"]["enable_checkpointing"] is not False:
+            self.trainer_defaults["callbacks"] = BestAndLast(config["best_by"])
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
@@ -94,17 +106,22 @@ class LocalizationCLI(LightningCLI):
     @rank_zero_only
     def after_test(self) -> None:
         """Print the scores beside the baselines and write them to a file."""
-        config = self.config["test"]
+        config, table = self.config["test"], self.model.results
         weights = config["ckpt_path"] or config["model"]["init_from"] or "untrained"
-        clips, upsampling = self.model.clips, config["model"]["upsampling"]
-        print(f"\n{weights}: {clips} clips, maps brought to pixels by {upsampling} interpolation; in percent:\n")
-        print(render(self.model.results))
+        upsampling, scored = config["model"]["upsampling"], self.model.clip_scores[MODEL]
+        positive = scored.get("positive", scored["index"] >= 0)
+        clips, negatives = int((positive > 0).sum()), int((positive == 0).sum())
+        count = f"{clips} clips" + (f" and {negatives} negatives" if negatives else "")
+        print(f"\n{weights}: {count}, maps brought to pixels by {upsampling} interpolation; in percent:\n")
+        print(render(table))
+        results, of_clips = Path(config["results"]), Path(config["results"]).with_suffix(".csv")
         write_results(
-            config["results"], self.model.results, weights=weights, clips=clips, upsampling=upsampling,
+            results, table, weights=weights, clips=clips, negatives=negatives, upsampling=upsampling,
             precision=str(self.trainer.precision), object_alpha=config["model"]["object_alpha"],
             object_weights=config["model"]["object_weights"], input=self.datamodule.input,
         )  # fmt: skip
-        print(f"\nwritten to {config['results']}")
+        write_clips(of_clips, self.datamodule.test_set.names, self.model.clip_scores)
+        print(f"\nwritten to {results}, clip by clip to {of_clips}")
 
     @rank_zero_only
     def after_predict(self) -> None:
@@ -166,7 +183,6 @@ def run_lightning(args: list[str] | None) -> None:
             "max_epochs": 30,
             "accelerator": accelerator(),
             "precision": fast_precision(),
-            "callbacks": BestAndLast(),
         },
         save_config_kwargs={"overwrite": True},
     )

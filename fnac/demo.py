@@ -215,7 +215,7 @@ class _Demo:
         last = self._checkpoints(name) / "last.ckpt"
         found = [path for path in (last, self._checkpoints(WARM_UP) / last.name) if path.is_file()]
         # cIoU's mean, not AP50: that saturates on this data and no longer tells epochs apart.
-        checkpoints = BestAndLast("val/ciou", dirpath=str(last.parent))
+        checkpoints = BestAndLast("ciou", dirpath=str(last.parent))
         trainer = self._trainer(history, checkpoints, max_epochs=epochs)
         with self._stage(f"training, {name}"):
             trainer.fit(self._model(name), data, ckpt_path=str(found[0]) if found else None, weights_only=True)

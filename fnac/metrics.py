@@ -6,12 +6,13 @@ boxes for VGG-SS, the annotators' consensus for Flickr). Scores are float64, per
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 SIZE = 224
 THRESHOLDS = 0.05 * torch.arange(21, dtype=torch.float64)  # of the success rate under which the AUC is taken
@@ -83,43 +84,85 @@ def _consensus_iou(predicted: Tensor, gt: Tensor) -> Tensor:
     return hit / (gt.sum(dim=1) + false_alarm).clamp(min=1e-12)  # the bound only matters where hit is 0
 
 
-class LocalizationScores(Metric):
-    """Scores over a data set, from maps and ground truths ``(N, S, S)``; sharded evaluation adds up exactly.
+def confidence(maps: Tensor) -> Tensor:
+    """How sure (N,) a map is that there is a source at all: the mean of its highest quarter (Mo and Morgado, 2022)."""
+    pixels = maps.flatten(1)
+    return pixels.topk(max(pixels.shape[1] // 4, 1), dim=1).values.mean(dim=1)
 
-    ``compute()`` gives float64 scalars: ``ap50`` (share of samples with cIoU >= 0.5, what papers report as cIoU),
-    ``ciou`` (average), ``auc`` (trapezoid of the success rate over thresholds 0, 0.05 .. 1), ``pointing`` and
-    ``adaptive_ciou``.
+
+def detection(confidence: Tensor, hit: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+    """Average precision and the best F1 over all confidences (n,) from which a source counts as found.
+
+    Found and ``hit`` (in the right place) is a true positive, found elsewhere or in a negative a false one, and a
+    positive that is not found a false negative. Source: Mo and Morgado, *A Closer Look at Weakly-Supervised
+    Audio-Visual Source Localization*, NeurIPS 2022, whose code takes every (n / 200)-th confidence and counts area
+    from the first of them on.
+    """
+    order = confidence.argsort(descending=True)
+    hit, positive = (hit & positive)[order], positive[order]
+    found = torch.arange(1, len(order) + 1, device=order.device)
+    right, missed = hit.cumsum(0), positive.sum() - positive.cumsum(0)
+    last = confidence[order].diff(append=confidence.new_full((1,), -torch.inf)) < 0  # of equal ones
+    found, right, missed = found[last], right[last].double(), missed[last]
+    precision, recall = right / found, right / (right + missed).clamp(min=1)
+    best_from_here = precision.flip(0).cummax(0).values.flip(0)
+    area = (recall.diff(prepend=recall.new_zeros(1)) * best_from_here).sum()
+    return area, (2 * precision * recall / (precision + recall).clamp(min=1e-12)).max()
+
+
+class Scored(NamedTuple):
+    """Scores of a data set by name, float64 scalars, and those of its clips (n,), ordered by their ``index``."""
+
+    summary: dict[str, Tensor]
+    clips: dict[str, Tensor]
+
+
+class LocalizationScores(Metric):
+    """Scores over a data set of clips with boxes; in several processes each scores its share.
+
+    The summary has ``ap50`` (share of clips with cIoU >= 0.5, what papers report as cIoU), ``ciou`` (average), ``auc``
+    (trapezoid of the success rate over thresholds 0, 0.05 .. 1), ``pointing`` and ``adaptive_ciou``, all of clips whose
+    source is in the frame. Where there are others, it has ``ap`` and ``max_f1`` over all, see :func:`detection`.
     """
 
     full_state_update = False
-    totals: Tensor  # sums over samples: 1, cIoU, pointing, adaptive cIoU
-    successes: Tensor  # samples at or above each threshold
+    rows: list[Tensor]  # of clips: index, positive, and the scores
+    columns = ("index", "positive", "ciou", "pointing", "adaptive_ciou", "confidence")
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("totals", torch.zeros(4, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("successes", torch.zeros(len(THRESHOLDS), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("rows", [], dist_reduce_fx="cat")
 
-    def update(self, maps: Tensor, gt: Tensor) -> None:
-        """Add samples."""
-        values = ciou(maps, gt)
-        columns = torch.stack([torch.ones_like(values), values, pointing(maps, gt), adaptive_ciou(maps, gt)])
-        # A model cast to bfloat16 casts its metrics' states too, while they are still zero.
-        self.totals = self.totals.double() + columns.sum(dim=1)
-        self.successes += (values[:, None] >= THRESHOLDS.to(values.device)).sum(dim=0)
+    def update(self, maps: Tensor, gt: Tensor, index: Tensor, positive: Tensor | None = None) -> None:
+        """Add clips.
 
-    def compute(self) -> dict[str, Tensor]:
-        """The scores of all samples so far, in 0..1."""
-        count, *sums = self.totals.double()
-        average, peak, adaptive = (total / count for total in sums)
-        success_rate = self.successes / count
-        return {
+        Args:
+            maps, gt: ``(N, S, S)``.
+            index: ``(N,)``, which clips of the data set they are.
+            positive: ``(N,)``, whether the sound's source is in the frame; by default all are.
+        """
+        if positive is None:
+            positive = torch.ones_like(index, dtype=torch.bool)
+        values = (index, positive, ciou(maps, gt), pointing(maps, gt), adaptive_ciou(maps, gt), confidence(maps))
+        self.rows.append(torch.stack([value.double() for value in values], dim=1))
+
+    def compute(self) -> Scored:
+        """Scores of all clips so far, in 0..1 but for a clip's ``confidence``."""
+        rows = dim_zero_cat(self.rows)
+        clips = dict(zip(self.columns, rows[rows[:, 0].argsort()].unbind(1), strict=True))
+        positive = clips["positive"] > 0
+        values = clips["ciou"][positive]
+        success_rate = (values[:, None] >= THRESHOLDS.to(values.device)).double().mean(dim=0)
+        summary = {
             "ap50": success_rate[10],
-            "ciou": average,
-            "auc": torch.trapezoid(success_rate, THRESHOLDS.to(success_rate.device)),
-            "pointing": peak,
-            "adaptive_ciou": adaptive,
+            "ciou": values.mean(),
+            "auc": torch.trapezoid(success_rate, THRESHOLDS.to(values.device)),
+            "pointing": clips["pointing"][positive].mean(),
+            "adaptive_ciou": clips["adaptive_ciou"][positive].mean(),
         }
+        if not positive.all():
+            summary["ap"], summary["max_f1"] = detection(clips["confidence"], clips["ciou"] >= 0.5, positive)
+        return Scored(summary, clips)
 
 
 def centre_box(gt: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from fnac.callbacks import History
-from fnac.data.vggss import ClipDataset, load_image
+from fnac.data.dataset import ClipDataset, load_image
 from fnac.metrics import SIZE, ciou, minmax, pointing
 
 HEAT = colormaps["inferno"]

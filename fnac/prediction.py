@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
 
-from fnac.data.vggss import IMAGENET_MEAN, IMAGENET_STD
+from fnac.data.dataset import IMAGENET_MEAN, IMAGENET_STD
 from fnac.metrics import SIZE
 from fnac.pictures import heat_over_frame
 

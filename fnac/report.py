@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from fnac.callbacks import History
 from fnac.pictures import Example, curves, draw_example, to_png
-from fnac.results import HEADINGS, Table, write_text
+from fnac.results import Table, headings, write_text
 
 
 def write_report(
@@ -46,7 +46,7 @@ def write_report(
     text = environment.from_string(template).render(
         title=title,
         introduction=introduction,
-        headings=HEADINGS,
+        headings=headings(table),
         table=table,
         trained=trained,
         notes=notes,

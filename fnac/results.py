@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.metadata
+import io
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fnac.files import once_whole
 
@@ -21,15 +24,26 @@ HEADINGS = {
     "auc": "AUC",
     "pointing": "pointing",
     "adaptive_ciou": "adaptive cIoU",
+    "ap": "AP",
+    "max_f1": "max F1",
+    "miou": "mIoU",
+    "f_score": "F-score",
+    "f_score_of_batches": "F of batches",
 }
+
+
+def headings(table: Table) -> dict[str, str]:
+    """The scores that a table has, in order, and what stands above them."""
+    (first, *_) = table.values()
+    return {name: heading for name, heading in HEADINGS.items() if name in first}
 
 
 def render(table: Table) -> str:
     """The scores in percent, one row a line."""
-    width = max(map(len, table))
-    lines = [" " * width + "".join(f"{heading:>15}" for heading in HEADINGS.values())]
+    width, columns = max(map(len, table)), headings(table)
+    lines = [" " * width + "".join(f"{heading:>15}" for heading in columns.values())]
     for row, scores in table.items():
-        lines.append(f"{row:<{width}}" + "".join(f"{100 * scores[name]:>15.1f}" for name in HEADINGS))
+        lines.append(f"{row:<{width}}" + "".join(f"{100 * scores[name]:>15.1f}" for name in columns))
     return "\n".join(lines)
 
 
@@ -50,6 +64,25 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a file; it appears under its name only once it is whole."""
     with once_whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def write_clips(path: str | Path, names: Sequence[str], scores: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write the scores of each clip as csv, a line for each row of the table and clip.
+
+    Args:
+        path: file.
+        names: of the data set's clips.
+        scores: row -> score -> values (n,), with ``index``, the clips' places in the data set.
+    """
+    (columns, *_) = scores.values()
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["row", "clip", *(name for name in columns if name != "index")])
+    for row, values in scores.items():
+        found = {name: value.reshape(-1).tolist() for name, value in values.items()}
+        clips = [names[int(index)] for index in found.pop("index")]
+        writer.writerows([row, clip, *numbers] for clip, *numbers in zip(clips, *found.values(), strict=True))
+    write_text(path, text.getvalue())
 
 
 def write_results(path: str | Path, table: Table, **facts: Any) -> None:

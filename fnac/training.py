@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fnac import metrics
 from fnac.checkpoints import read_weights
-from fnac.metrics import LocalizationScores, Upsampling
+from fnac.evaluation import Evaluation
+from fnac.metrics import Upsampling
 from fnac.model import AudioVisualModel, image_encoder, load_strictly, object_maps
 from fnac_kernels import FNACLoss, paired_maps
 
@@ -116,11 +117,11 @@ class Localization(LightningModule):
             distributed=negatives == "all",
         )
         self.weights = self.loss.weights
-        self.val_scores = LocalizationScores()
+        self.val_scores = Evaluation()
         rows = [MODEL, *([OBJECT_GUIDED] if object_alpha is not None else []), OBJECT_ONLY, *NEEDS_NO_MODEL]
-        self.test_scores = nn.ModuleList(LocalizationScores() for _ in rows)
-        self.rows = rows
+        self.test_scores = nn.ModuleDict({row: Evaluation() for row in rows})
         self.results: dict[str, dict[str, float]] = {}
+        self.clip_scores: dict[str, dict[str, Tensor]] = {}
 
     def forward(self, image: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised features ``img (N, C, H, W)`` and ``aud (N, C)``."""
@@ -151,30 +152,31 @@ class Localization(LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Score the maps."""
-        self.val_scores.update(self.maps(batch["image"], batch["audio"]), batch["gt"])
+        self.val_scores.update(self.maps(batch["image"], batch["audio"]), batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores of the whole split."""
-        scores = {name: value.float() for name, value in self.val_scores.compute().items()}
-        self.val_scores.reset()
+        scores = {name: value.float() for name, value in self.val_scores.finish().summary.items()}
         self.log_dict({f"val/{name}": value for name, value in scores.items()}, sync_dist=True)
-        self.log("ap50", scores["ap50"], prog_bar=True, logger=False, sync_dist=True)
+        shown = next(iter(scores))
+        self.log(shown, scores[shown], prog_bar=True, logger=False, sync_dist=True)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Score the maps, and those of the baselines."""
-        gt = batch["gt"]
+        truth = batch["mask"] if "mask" in batch else batch["gt"]
         found = self._compared_maps(batch["image"], batch["audio"])
-        found |= {name: draw(gt) for name, draw in NEEDS_NO_MODEL.items()}
-        for row, scores in zip(self.rows, self.test_scores, strict=True):
-            scores.update(found[row], gt)  # type: ignore[operator]
+        found |= {name: draw(truth) for name, draw in NEEDS_NO_MODEL.items()}
+        for row, scores in self.test_scores.items():
+            scores.update(found[row], batch)  # type: ignore[operator]
 
     def on_test_epoch_end(self) -> None:
-        """Keep the table as ``results``, {row: {score: value in 0..1}} of ``clips`` clips, and log the model's row."""
-        scored = self.test_scores[0].totals[0]  # type: ignore[index]
-        self.clips = int(self.trainer.strategy.reduce(scored, reduce_op="sum"))
-        for row, scores in zip(self.rows, self.test_scores, strict=True):
-            self.results[row] = {name: float(value) for name, value in scores.compute().items()}  # type: ignore[operator]
-            scores.reset()  # type: ignore[operator]
+        """Keep the table as ``results``, {row: {score: value in 0..1}}, and log the model's row.
+
+        ``clip_scores`` are those of each clip, {row: {score: values (n,)}}, with its ``index`` in the data set.
+        """
+        for row, scores in self.test_scores.items():
+            summary, self.clip_scores[row] = scores.finish()  # type: ignore[operator]
+            self.results[row] = {name: float(value) for name, value in summary.items()}
         self.log_dict({f"test/{name}": value for name, value in self.results[MODEL].items()}, sync_dist=True)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -29,12 +29,14 @@ FLICKR_FRAME, FLICKR_AGREEMENT = 256, 2
 class Annotation:
     """The class of a clip's sound and the boxes (x1, y1, x2, y2) of its source, in 0..1 but for overflowed sides.
 
-    ``agreement`` is how many boxes must share a pixel for it to count fully: 1 makes their union.
+    ``agreement`` is how many boxes must share a pixel for it to count fully: 1 makes their union. Where there is a file
+    with the source's ``mask``, there are no boxes.
     """
 
     label: str
-    boxes: list[Box]
+    boxes: list[Box] = field(default_factory=list)
     agreement: int = 1
+    mask: Path | None = None
 
 
 def read_annotations(path: str | Path, names: Collection[str] | None = None) -> dict[str, Annotation]:

@@ -14,9 +14,10 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from fnac.audio import SEGMENT, Masks
+from fnac.data.avsbench import AVSBench, is_avsbench
+from fnac.data.dataset import Augmentation, ClipDataset, OnBadClip
 from fnac.data.layout import ClipFolder
 from fnac.data.leakage import OnLeakage, refuse_leakage
-from fnac.data.vggss import Augmentation, ClipDataset, OnBadClip
 
 READING = ("image_size", "sample_rate", "clip_seconds")  # what makes the network's input of a file
 SAMPLING = ("batch_size", "seed", "flip", "masks", "mask_width")  # what else the course of training depends on
@@ -26,8 +27,8 @@ class ClipData(LightningDataModule):
     """Training, validation and test clips.
 
     Args:
-        root: folder of a generated data set (``fnac make-data``), whose ``train``, ``val`` and ``test`` are used where
-            the next three are not given.
+        root: folder of a generated data set (``fnac make-data``), or of a subset of AVSBench
+            (:class:`~fnac.data.avsbench.AVSBench`), whose splits are used where the next three are not given.
         train: training clips, for instance ``--data.train.root FOLDER --data.train.ids LIST.txt``; see
             :class:`~fnac.data.layout.ClipFolder` for its fields. Boxes and classes, if any, are not trained on.
         val: annotated clips for validation; without them there is none.
@@ -81,9 +82,10 @@ class ClipData(LightningDataModule):
             raise ValueError(
                 f"clip_seconds must give at least {SEGMENT} samples, got {clip_seconds} s at {sample_rate} Hz"
             )
-        self.folders = {"train": train, "val": val, "test": test}
+        self.folders: dict[str, ClipFolder | AVSBench | None] = {"train": train, "val": val, "test": test}
         if root is not None:
-            self.folders = {split: folder or generated_split(root, split) for split, folder in self.folders.items()}
+            split_of = AVSBench if is_avsbench(root) else generated_split
+            self.folders = {split: folder or split_of(str(root), split) for split, folder in self.folders.items()}
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.augmentation = Augmentation(flip, masks, mask_width)
         self.on_bad_clip, self.on_leakage = on_bad_clip, on_leakage
@@ -139,7 +141,8 @@ class ClipData(LightningDataModule):
                 )
             for split in ("val", "test"):
                 if self.folders[split] is not None:
-                    refuse_leakage(self.train_set.names, self._set(split).names, split, self.on_leakage)
+                    tested = [clip.name for clip in self._set(split).clips if clip.positive]
+                    refuse_leakage(self.train_set.names, tested, split, self.on_leakage)
         evaluated = {"fit": "val", "validate": "val", "test": "test"}.get(stage)
         if evaluated is None or (stage == "fit" and self.folders["val"] is None):
             return
@@ -222,7 +225,9 @@ def generated_split(root: str | Path, split: str) -> ClipFolder | None:
         FileNotFoundError: ``root`` is not a generated data set.
     """
     if not (Path(root) / "manifest.json").is_file():
-        raise FileNotFoundError(f"root: {root} holds no generated data set; make one with `fnac make-data {root}`")
+        raise FileNotFoundError(
+            f"root: {root} holds no generated data set, nor AVSBench; make one with `fnac make-data {root}`"
+        )
     folder = Path(root) / split
     if not folder.is_dir():
         return None
@@ -235,7 +240,7 @@ def single_object_loaders(
 ) -> tuple[DataLoader, DataLoader]:
     """Loaders of single-object frames of a generated data set: training (augmented), and a held-out tenth.
 
-    Batches are dicts with ``image``, ``label`` and ``name``, see :class:`~fnac.data.vggss.ClipDataset`.
+    Batches are dicts with ``image``, ``label`` and ``name``, see :class:`~fnac.data.dataset.ClipDataset`.
     """
     folder = generated_split(root, "single")
     if folder is None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from fnac.data.annotations import Annotation, read_annotations
+from fnac.data.annotations import read_annotations
+from fnac.data.clip import Clip, ClipList, some
 from fnac.data.ids import FRAME_SUFFIXES, HEADINGS, SOUND_SUFFIXES, row_id
+from fnac.data.negatives import make_negatives
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class ClipFolder:
         ids: file that lists the clips to use: one id a line, or a csv with the id first. By default the annotated
             clips, or, without annotations, all that have both a frame and a sound.
         annotations: json in the format of ``vggss.json``, or a folder of XML files as Flickr-SoundNet's.
+        negatives: to evaluate also whether a source is found where there is none: ``silent`` adds each frame without
+            sound, ``mismatched`` each with the sound of a clip of another class, ``silent,mismatched`` both; or a csv
+            of frame and sound ids, as SLAVC's ``vggss_test_plus_silent.csv``. See :mod:`fnac.data.negatives`.
     """
 
     root: str
@@ -30,24 +34,7 @@ class ClipFolder:
     audio: str | None = "audio"
     ids: str | None = None
     annotations: str | None = None
-
-
-@dataclass(frozen=True)
-class Clip:
-    """The files of one clip and what is known about it."""
-
-    name: str
-    frame: Path
-    sound: Path | None
-    annotation: Annotation | None
-
-
-@dataclass(frozen=True)
-class ClipList:
-    """The clips of a folder, and which of its list lack a file: ``"<id> (frame)"``, ``"<id> (sound)"`` or both."""
-
-    clips: list[Clip]
-    missing: list[str] = field(default_factory=list)
+    negatives: str | None = None
 
 
 def read_ids(path: str | Path) -> list[str]:
@@ -114,7 +101,13 @@ def list_clips(folder: ClipFolder) -> ClipList:
             what for what, found in (("frame", frames), ("sound", sounds)) if found is not None and name not in found
         )
 
-    return ClipList(clips, [f"{name} ({lacks(name)})" for name in names if name not in present])
+    missing = [f"{name} ({lacks(name)})" for name in names if name not in present]
+    if folder.negatives is not None:
+        if sounds is None or annotations is None:
+            raise ValueError(f"negatives is {folder.negatives!r}, which only annotated clips with sounds can have")
+        negatives, lacking = make_negatives(folder.negatives, clips, frames, sounds)
+        clips, missing = clips + negatives, missing + [f"{name} (frame or sound)" for name in lacking]
+    return ClipList(clips, missing)
 
 
 def _media(folder: Path, suffixes: frozenset[str]) -> dict[str, Path]:
@@ -128,8 +121,3 @@ def _media(folder: Path, suffixes: frozenset[str]) -> dict[str, Path]:
                     raise ValueError(f"{folder} holds two files for clip {stem}: {found[stem].name} and {entry.name}")
                 found[stem] = folder / entry.name
     return found
-
-
-def some(names: Sequence[str], most: int = 5) -> str:
-    """The first few names and how many there are."""
-    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")

@@ -7,8 +7,9 @@ from typing import Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from fnac.data.clip import some
 from fnac.data.ids import commonest_form, comparable, example
-from fnac.data.layout import read_ids, some
+from fnac.data.layout import read_ids
 
 OnLeakage = Literal["error", "warn"]
 

@@ -52,6 +52,13 @@ def test_fit_validate_test_predict(run, tmp_path, generated, capsys):
     assert scores["clips"] == 7
     assert 0 <= scores["scores"]["model"]["auc"] <= 1
 
+    lines = (tmp_path / "scores.csv").read_text().splitlines()
+    assert lines[0] == "row,clip,positive,ciou,pointing,adaptive_ciou,confidence"
+    rows = [line.split(",") for line in lines[1:]]
+    assert len(rows) == 7 * len(scores["scores"])
+    of_model = [row for row in rows if row[0] == "model"]
+    assert [row[1] for row in of_model] == [f"test_{i:06d}" for i in range(7)]
+    assert np.mean([float(row[3]) for row in of_model]) == pytest.approx(scores["scores"]["model"]["ciou"])
     assert scores["input"] == {"image_size": 48, "sample_rate": 16_000, "clip_seconds": 0.25}
 
     # The checkpoint says what its weights mean and how clips were prepared, so evaluation need not repeat it.
@@ -76,6 +83,32 @@ def test_fit_validate_test_predict(run, tmp_path, generated, capsys):
     assert len(written) == 14
     assert np.load(tmp_path / "maps" / written[0]).shape == (224, 224)
     assert Image.open(tmp_path / "maps" / written[1]).size == (224, 224)
+
+
+def test_negatives_are_scored_apart_and_counted(run, tmp_path, generated, capsys):
+    test = [f"--data.test.root={generated}/test", f"--data.test.annotations={generated}/test/annotations.json"]
+    run("test", *test, "--data.test.negatives=silent,mismatched", "--results=scores.json")
+    printed = capsys.readouterr().out
+    assert "7 clips and 14 negatives" in printed
+    assert "max F1" in printed
+    assert "mIoU" not in printed
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert (scores["clips"], scores["negatives"]) == (7, 14)
+    assert scores["scores"]["oracle"]["ap"] == pytest.approx(scores["scores"]["oracle"]["ap50"])
+    assert (tmp_path / "scores.csv").read_text().count("+silence,0.0,0.0,") == 7 * len(scores["scores"])
+    with pytest.raises(SystemExit, match=r"negatives is 'quiet'; it should be silent, mismatched, both, or a csv file"):
+        run("test", *test, "--data.test.negatives=quiet")
+    with pytest.raises(SystemExit, match=r"--results should be a \.json file, got 'scores\.csv'"):
+        run("test", "--results=scores.csv")
+
+
+def test_another_score_may_choose_the_best_epoch(run, tmp_path):
+    run("fit", "--trainer.max_epochs=2", "--best_by=pointing")
+    (best,) = tmp_path.glob("runs/*/*/checkpoints/best.ckpt")
+    kept = torch.load(best, weights_only=True)["callbacks"]
+    assert any("'monitor': 'val/pointing'" in key for key in kept)
+    with pytest.raises(SystemExit, match=r"score is 'miou'; validation clips of this kind have ap50, ciou"):
+        run("fit", "--best_by=miou")
 
 
 def test_a_finished_run_is_continued_with_more_epochs(run, tmp_path):

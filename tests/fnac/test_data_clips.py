@@ -18,10 +18,10 @@ from PIL import Image
 
 from fnac.audio import LogSpectrogram, MediaError, load_audio
 from fnac.data.datamodule import ClipData, generated_split, single_object_loaders
+from fnac.data.dataset import Augmentation, ClipDataset
 from fnac.data.generate import make_data
 from fnac.data.layout import ClipFolder
 from fnac.data.leakage import LeakageError
-from fnac.data.vggss import Augmentation, ClipDataset
 
 SMALL = {"image_size": 32, "sample_rate": 16_000, "clip_seconds": 0.2}
 
@@ -190,7 +190,7 @@ def test_bad_options_are_named(root, options, message):
 
 
 def test_a_folder_without_generated_data_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no generated data set; make one with"):
+    with pytest.raises(FileNotFoundError, match="holds no generated data set, nor AVSBench; make one with"):
         ClipData(str(tmp_path))
     with pytest.raises(ValueError, match="train: there are no train clips"):
         ClipData().setup("fit")

@@ -12,6 +12,8 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
+from fnac.data.layout import ClipFolder
+
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"
 )
@@ -22,7 +24,10 @@ SCRIPT = """
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint
     from fnac.data.datamodule import ClipData
+    from fnac.data.layout import ClipFolder
     from fnac.training import Localization
+
+    PREPARED = {"batch_size": 4, "image_size": 48, "clip_seconds": 0.25}
 
     class Notes(Callback):
         def __init__(self):
@@ -36,15 +41,18 @@ SCRIPT = """
         root, folder, ckpt_path, negatives = sys.argv[1:]
         model = Localization(dim=16, image_stages=1, audio_stages=1, warmup_epochs=1, negatives=negatives)
         notes = Notes()
-        data = ClipData(root, batch_size=4, image_size=48, clip_seconds=0.25)
+        data = ClipData(root, **PREPARED)
         saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
         trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, callbacks=[notes, saving],
                           max_epochs=2, enable_progress_bar=False, enable_model_summary=False)
         trainer.fit(model, data, ckpt_path=ckpt_path or None, weights_only=True)
         scores = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        trainer.test(model, ClipData(test=ClipFolder(root + "/test", annotations=root + "/test/annotations.json",
+                                                     negatives="mismatched"), **PREPARED), verbose=False)
+        tested = {"results": model.results, "confidence": model.clip_scores["model"]["confidence"].tolist()}
         weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()]).tolist()
         with open(f"{folder}/rank{trainer.global_rank}.json", "w") as file:
-            json.dump({"steps": notes.steps, "scores": scores, "weights": weights}, file)
+            json.dump({"steps": notes.steps, "scores": scores, "weights": weights, "tested": tested}, file)
 """
 
 
@@ -93,6 +101,20 @@ def test_sharded_scores_are_those_of_one_process(trained, tmp_path, make_model, 
         make_model(), make_clips(), ckpt_path=folder / "step=6.ckpt", weights_only=True, verbose=False
     )
     assert ranks[0]["scores"] == pytest.approx({name: scores[name] for name in ranks[0]["scores"]}, abs=1e-5)
+
+
+def test_every_process_has_the_tests_of_all_clips(trained, tmp_path, generated, make_model, make_clips):
+    folder, ranks = trained
+    test = ClipFolder(f"{generated}/test", annotations=f"{generated}/test/annotations.json", negatives="mismatched")
+    model, single = make_model(), Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    single.test(model, make_clips(test=test), ckpt_path=folder / "step=6.ckpt", weights_only=True, verbose=False)
+    assert len(model.clip_scores["model"]["confidence"]) == 14
+    for rank in ranks:
+        assert rank["tested"]["confidence"] == pytest.approx(
+            model.clip_scores["model"]["confidence"].tolist(), abs=1e-5
+        )
+        for row, scores in model.results.items():
+            assert rank["tested"]["results"][row] == pytest.approx(scores, abs=1e-4), row
 
 
 def test_a_resumed_epoch_goes_on_on_every_rank(trained, launch):

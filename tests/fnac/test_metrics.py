@@ -12,6 +12,8 @@ from fnac.metrics import (
     adaptive_ciou,
     centre_box,
     ciou,
+    confidence,
+    detection,
     oracle,
     pointing,
     upsample,
@@ -62,9 +64,10 @@ def samples(count: int = 12, size: int = 14, consensus: bool = False) -> tuple[T
 
 def scores(maps: Tensor, gt: Tensor, batch_size: int) -> dict[str, float]:
     metric = LocalizationScores()
-    for part, truth in zip(maps.split(batch_size), gt.split(batch_size), strict=True):
-        metric.update(part, truth)
-    return {name: float(value) for name, value in metric.compute().items()}
+    index = torch.arange(len(maps))
+    for part, truth, at in zip(maps.split(batch_size), gt.split(batch_size), index.split(batch_size), strict=True):
+        metric.update(part, truth, at)
+    return {name: float(value) for name, value in metric.compute().summary.items()}
 
 
 @pytest.mark.parametrize("consensus", [False, True])
@@ -136,19 +139,67 @@ def test_upsampling_keeps_each_map_to_itself_and_places_corners_as_named(mode):
 
 def test_scores_keep_double_precision_when_the_model_is_cast():
     metric = LocalizationScores().to(torch.bfloat16)
-    metric.update(*samples())
-    assert {value.dtype for value in metric.compute().values()} == {torch.float64}
+    metric.update(*samples(), torch.arange(12))
+    assert {value.dtype for value in metric.compute().summary.values()} == {torch.float64}
 
 
 def test_shards_add_up_to_the_whole():
     maps, gt = samples()
-    halves = [LocalizationScores(), LocalizationScores()]
-    for half, at in zip(halves, (slice(0, 5), slice(5, 12)), strict=True):
-        half.update(maps[at], gt[at])
-    for name, reduce in halves[0]._reductions.items():
-        setattr(halves[0], name, reduce(torch.stack([getattr(half, name) for half in halves])))
-    merged = {name: float(value) for name, value in halves[0].compute().items()}
-    assert merged == pytest.approx(scores(maps, gt, 12), abs=1e-15)
+    merged, other = LocalizationScores(), LocalizationScores()
+    for metric, at in ((merged, torch.arange(0, 12, 2)), (other, torch.arange(1, 12, 2))):
+        metric.update(maps[at], gt[at], at)
+    merged.rows += other.rows
+    summary, clips = merged.compute()
+    assert {name: float(value) for name, value in summary.items()} == scores(maps, gt, 12)
+    assert torch.equal(clips["ciou"], ciou(maps, gt))  # in the data set's order
+
+
+def test_clips_without_a_source_count_for_detection_alone():
+    maps, gt = samples()
+    positive = torch.arange(12) % 3 > 0
+    metric = LocalizationScores()
+    metric.update(maps, gt, torch.arange(12), positive)
+    summary = {name: float(value) for name, value in metric.compute().summary.items()}
+    ap, f1 = detection(confidence(maps).double(), ciou(maps, gt) >= 0.5, positive)
+    assert summary == scores(maps[positive], gt[positive], 12) | {"ap": float(ap), "max_f1": float(f1)}
+
+
+def loop_detection(confidences, hits, positives):
+    """One threshold at a time; the area under the best precision at each recall or a higher one."""
+    points = []
+    for threshold in sorted(set(confidences), reverse=True):
+        found = [c >= threshold for c in confidences]
+        right = sum(f and p and h for f, p, h in zip(found, positives, hits, strict=True))
+        missed = sum(p and not f for f, p in zip(found, positives, strict=True))
+        points.append((right / sum(found), right / (right + missed) if right + missed else 0.0))
+    area, before = 0.0, 0.0
+    for i, (_, recall) in enumerate(points):
+        area += (recall - before) * max(precision for precision, _ in points[i:])
+        before = recall
+    return area, max(2 * p * r / (p + r) if p + r else 0.0 for p, r in points)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("levels", [4, 1000])  # with equal confidences, and almost without
+def test_detection_equals_a_loop_over_thresholds(seed, levels):
+    rng = np.random.default_rng(seed)
+    found = rng.integers(0, levels, 60).astype(np.float64)
+    hits, positives = rng.random(60) < 0.6, rng.random(60) < 0.5
+    measured = detection(torch.from_numpy(found), torch.from_numpy(hits), torch.from_numpy(positives))
+    assert [float(value) for value in measured] == pytest.approx(loop_detection(found, hits, positives), abs=1e-12)
+
+
+def test_detection_is_perfect_where_every_source_is_found_first():
+    positive = torch.tensor([True, False, True, False])
+    perfect = detection(torch.tensor([0.9, 0.2, 0.8, 0.1]), positive, positive)
+    assert [float(value) for value in perfect] == [1.0, 1.0]
+    nowhere = detection(torch.tensor([0.9, 0.2, 0.8, 0.1]), torch.zeros(4, dtype=torch.bool), positive)
+    assert [float(value) for value in nowhere] == [0.0, 0.0]
+
+
+def test_confidence_is_the_mean_of_the_highest_quarter():
+    maps = torch.arange(16.0).view(1, 4, 4).flip(1)
+    assert confidence(maps).tolist() == [(12 + 13 + 14 + 15) / 4]
 
 
 def test_bad_input_is_named():
@@ -156,7 +207,7 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"maps and gt must both have shape.*\(2, 7, 7\) and \(2, 8, 8\)"):
         ciou(torch.ones(2, 7, 7), gt)
     with pytest.raises(ValueError, match="maps must be finite"):
-        LocalizationScores().update(torch.full((2, 8, 8), torch.nan), gt)
+        LocalizationScores().update(torch.full((2, 8, 8), torch.nan), gt, torch.arange(2))
     with pytest.raises(ValueError, match='mode must be "bicubic"'):
         upsample(gt, mode="nearest")
     with pytest.raises(ValueError, match=r"maps must have shape \(N, h, w\)"):

@@ -143,7 +143,7 @@ class Fail(Callback):
 def test_a_run_stopped_within_an_epoch_goes_on_with_the_batches_left(tmp_path, make_model, make_clips, how, step):
     def run(folder, *callbacks, ckpt_path=None, **options):
         model, history = make_model(warmup_epochs=1), History()
-        saving = BestAndLast("val/ciou", dirpath=str(tmp_path / folder))
+        saving = BestAndLast("ciou", dirpath=str(tmp_path / folder))
         trainer(tmp_path, *callbacks, history, saving, **({"max_epochs": 3} | options)).fit(
             model, make_clips(), ckpt_path=ckpt_path, weights_only=True
         )
@@ -207,7 +207,7 @@ class Interrupt(Callback):
 
 def test_best_and_last_survive_an_interruption(tmp_path, make_model, make_clips):
     def checkpoints():
-        return BestAndLast("val/ciou", dirpath=str(tmp_path / "kept"))
+        return BestAndLast("ciou", dirpath=str(tmp_path / "kept"))
 
     with pytest.raises(RuntimeError, match="interrupted"):
         trainer(tmp_path, Interrupt(), History(), checkpoints(), max_epochs=3).fit(make_model(), make_clips())
@@ -224,7 +224,7 @@ def test_a_run_that_goes_on_in_another_folder_takes_the_best_epoch_along(tmp_pat
     """Each epoch scores worse than the one before, so the first stays the best."""
 
     def run(folder, epochs, ckpt_path=None):
-        model, saving = make_model(), BestAndLast("val/ciou", dirpath=str(tmp_path / folder))
+        model, saving = make_model(), BestAndLast("ciou", dirpath=str(tmp_path / folder))
         model.on_validation_epoch_end = lambda: model.log("val/ciou", 1.0 - model.current_epoch)
         trainer(tmp_path, saving, max_epochs=epochs).fit(model, make_clips(), ckpt_path=ckpt_path, weights_only=True)
         return saving
@@ -242,7 +242,7 @@ def test_a_run_that_goes_on_in_another_folder_takes_the_best_epoch_along(tmp_pat
 
 def test_a_best_epoch_that_is_lost_is_named(tmp_path, make_model, make_clips):
     def run(folder, epochs, ckpt_path=None):
-        saving = BestAndLast("val/ciou", dirpath=str(tmp_path / folder))
+        saving = BestAndLast("ciou", dirpath=str(tmp_path / folder))
         trainer(tmp_path, saving, max_epochs=epochs).fit(make_model(), make_clips(), ckpt_path=ckpt_path)
 
     run("first", 1)
@@ -269,9 +269,12 @@ def test_scores_do_not_depend_on_the_batch_size(tmp_path, make_model, make_clips
     cells = reference.paired_maps(img, aud, 1.0)
     maps = torch.nn.functional.interpolate(cells[:, None], (224, 224), mode="bicubic")[:, 0]
     scores = LocalizationScores()
-    scores.update(maps.detach(), batch["gt"])
-    for name, value in scores.compute().items():
+    scores.update(maps.detach(), batch["gt"], batch["index"])
+    summary, clips = scores.compute()
+    for name, value in summary.items():
         assert model.results[MODEL][name] == pytest.approx(float(value), abs=1e-4), name
+    for name, values in clips.items():
+        assert torch.allclose(model.clip_scores[MODEL][name], values, atol=1e-4), name
     assert model.results["oracle"]["pointing"] == 1
     assert model.results["whole frame"]["ap50"] == 0
 

@@ -1,4 +1,4 @@
-"""Clips in the VGG-SS layout as a map-style data set."""
+"""Clips as a map-style data set."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from torchvision.transforms import InterpolationMode, v2
 
 from fnac.audio import LogSpectrogram, Masks, MediaError, load_audio, mask_spectrogram
 from fnac.data.annotations import ground_truth, has_extent
-from fnac.data.layout import Clip, ClipFolder, list_clips, some
+from fnac.data.avsbench import AVSBench, list_frames
+from fnac.data.clip import SILENCE, Clip, some
+from fnac.data.layout import ClipFolder, list_clips
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RESIZE_MARGIN = 1.1  # training crops from a frame resized to this many times the side
@@ -52,9 +54,11 @@ class ClipDataset(Dataset[dict[str, Any] | None]):
 
     - ``image``: float32 ``(3, S, S)``, ImageNet-normalised,
     - ``audio``: float32 ``(1, 257, T)``, log spectrogram (absent if the folder has no sounds),
-    - ``name``: the clip's id,
+    - ``name``: the clip's id, and ``index``: its place in the set,
     - ``label``: the class, where annotated,
-    - ``gt``: float32 ``(224, 224)`` in 0..1, where annotated and not augmented.
+    - ``gt``: float32 ``(224, 224)`` in 0..1, where annotated with boxes and not augmented, or ``mask``: float32
+      ``(224, 224)`` of 0 and 1, where with masks,
+    - ``positive``: whether the sound's source is in the frame, where the folder has negatives.
 
     An item is asked for by index, or by (epoch, index): what augmentation draws depends on the seed, epoch and index
     alone, not on the worker, the rank or what was drawn before.
@@ -74,12 +78,12 @@ class ClipDataset(Dataset[dict[str, Any] | None]):
 
     Raises:
         FileNotFoundError: files of listed clips are missing; the first few are named.
-        ValueError: see :func:`fnac.data.layout.list_clips`.
+        ValueError: see :func:`fnac.data.layout.list_clips` and :func:`fnac.data.avsbench.list_frames`.
     """
 
     def __init__(
         self,
-        folder: ClipFolder,
+        folder: ClipFolder | AVSBench,
         *,
         image_size: int = 224,
         sample_rate: int = 16_000,
@@ -94,7 +98,7 @@ class ClipDataset(Dataset[dict[str, Any] | None]):
             raise ValueError(
                 "on_bad_clip='skip' is for training only: an evaluation that leaves clips out is another one"
             )
-        found = list_clips(folder)
+        found = list_frames(folder) if isinstance(folder, AVSBench) else list_clips(folder)
         if found.missing:
             message = f"{folder.root}: clips lack files: {some(found.missing)}"
             if on_bad_clip == "error":
@@ -104,8 +108,11 @@ class ClipDataset(Dataset[dict[str, Any] | None]):
         if names is not None:
             by_name = {clip.name: clip for clip in found.clips}
             self.clips = [by_name[name] for name in names]
+        self.has_negatives = not all(clip.positive for clip in self.clips)
         if augmentation is None:
             _warn_of_empty_ground_truth(self.clips)
+        elif self.has_negatives:
+            raise ValueError("negatives are for evaluation; training compares the clips of a batch")
         self.sample_rate, self.clip_seconds = sample_rate, clip_seconds
         self.augmentation, self.seed, self.on_bad_clip = augmentation, seed, on_bad_clip
         self.spectrogram = LogSpectrogram(sample_rate)
@@ -131,10 +138,10 @@ class ClipDataset(Dataset[dict[str, Any] | None]):
         """The sound file of a clip.
 
         Raises:
-            ValueError: the folder has no sounds.
+            ValueError: it has none.
         """
         sound = self.clips[index].sound
-        if sound is None:
+        if sound is None or sound == SILENCE:
             raise ValueError(f"clip {self.clips[index].name} has no sound")
         return sound
 
@@ -149,7 +156,9 @@ class ClipDataset(Dataset[dict[str, Any] | None]):
                 raise
             warnings.warn(f"skipped: {error}", stacklevel=2)
             return None
-        sample: dict[str, Any] = {"name": clip.name}
+        sample: dict[str, Any] = {"name": clip.name, "index": index}
+        if self.has_negatives:
+            sample["positive"] = clip.positive
         # torch's generator serves torchvision and torchaudio; a fork leaves the caller's state as it was. Not
         # torch.manual_seed, which would also reset the generators of GPUs.
         with torch.random.fork_rng(devices=[]):
@@ -160,7 +169,9 @@ class ClipDataset(Dataset[dict[str, Any] | None]):
                 sample["audio"] = mask_spectrogram(spectrogram, augmentation.masks, augmentation.mask_width)
         if clip.annotation is not None:
             sample["label"] = clip.annotation.label
-            if self.augmentation is None:
+            if self.augmentation is None and clip.annotation.mask is not None:
+                sample["mask"] = load_mask(clip.annotation.mask)
+            elif self.augmentation is None:
                 sample["gt"] = ground_truth(clip.annotation)
         return sample
 
@@ -174,8 +185,12 @@ class ClipDataset(Dataset[dict[str, Any] | None]):
         clip = self.clips[index]
         image = v2.functional.pil_to_tensor(self.resize(load_image(clip.frame)))
         spectrogram = None
-        if clip.sound is not None:
-            waveform, _ = load_audio(clip.sound, seconds=self.clip_seconds, sample_rate=self.sample_rate)
+        if clip.sound == SILENCE:
+            spectrogram = self.spectrogram(torch.zeros(round(self.clip_seconds * self.sample_rate)))[None]
+        elif clip.sound is not None:
+            waveform, _ = load_audio(
+                clip.sound, seconds=self.clip_seconds, moment=clip.moment, sample_rate=self.sample_rate
+            )
             spectrogram = self.spectrogram(waveform)[None]
         if self._decoded is not None:
             self._decoded[index] = (image, spectrogram)
@@ -184,10 +199,10 @@ class ClipDataset(Dataset[dict[str, Any] | None]):
 
 def _warn_of_empty_ground_truth(clips: Sequence[Clip]) -> None:
     # Not an error: VGG-SS has two such clips, and published scores count them.
-    empty = [clip.name for clip in clips if clip.annotation is not None and not has_extent(clip.annotation)]
-    if empty:
+    boxed = [clip for clip in clips if clip.positive and clip.annotation is not None and clip.annotation.mask is None]
+    if empty := [clip.name for clip in boxed if not has_extent(clip.annotation)]:  # type: ignore[arg-type]
         warnings.warn(
-            f"{len(empty)} of {len(clips)} clips have an empty ground truth, so they score 0 in every row, the "
+            f"{len(empty)} of {len(boxed)} clips have an empty ground truth, so they score 0 in every row, the "
             f"oracle's too: {some(empty)}",
             stacklevel=3,
         )
@@ -229,3 +244,13 @@ def load_image(path: str | Path) -> Image.Image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise MediaError(f"cannot read image {path}: {error}") from error
+
+
+def load_mask(path: str | Path, size: int = 224) -> Tensor:
+    """A mask file as float32 ``(size, size)``: 1 where a pixel is not black.
+
+    Raises:
+        MediaError: it is missing or cannot be decoded.
+    """
+    mask = np.asarray(load_image(path).resize((size, size), Image.Resampling.NEAREST)).max(axis=2) > 0
+    return torch.from_numpy(mask).float()
