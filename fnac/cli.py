@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 import warnings
@@ -13,6 +14,7 @@ import jsonargparse
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from fnac.audio import MediaError
 from fnac.callbacks import BestAndLast
@@ -160,6 +162,9 @@ def main(args: list[str] | None = None) -> None:
             run_lightning(args)
         else:
             raise ValueError(f"there is no command {command!r}; there are {', '.join([*LIGHTNINGS, *COMMANDS])}")
+    except SIGTERMException:  # Lightning's has the status of success
+        print("fnac: stopped by SIGTERM; give the run's last.ckpt as --ckpt_path to go on", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
     except Exception as error:
         if not _explains_itself(error):
             raise

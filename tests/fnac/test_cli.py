@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -14,6 +16,7 @@ import torch
 from PIL import Image
 
 from fnac.cli import COMMANDS, main
+from fnac.training import Localization
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"
@@ -196,6 +199,22 @@ def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch, arguments, message
 def test_a_scheduler_needs_an_optimizer(run):
     with pytest.raises(SystemExit, match=r"^fnac: --lr_scheduler is given without --optimizer"):
         run("fit", "--lr_scheduler=StepLR", "--lr_scheduler.step_size=1")
+
+
+def test_a_run_that_is_told_to_stop_does_not_end_as_one_that_is_done(run, tmp_path, monkeypatch, capsys):
+    told = [os.kill]
+
+    def tell(self, *_):
+        if told:
+            told.pop()(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Localization, "on_train_batch_end", tell)
+    with pytest.raises(SystemExit) as exit_:
+        run("fit", "--trainer.max_epochs=2")
+    assert exit_.value.code == 143
+    assert "stopped by SIGTERM; give the run's last.ckpt as --ckpt_path to go on" in capsys.readouterr().err
+    (last,) = tmp_path.glob("runs/*/*/checkpoints/last.ckpt")
+    assert torch.load(last, weights_only=True)["global_step"] == 1
 
 
 def test_no_checkpoints_where_none_are_wanted(run, tmp_path):
