@@ -48,9 +48,9 @@ def load_audio(
     try:
         with soundfile.SoundFile(path) as file:
             rate = file.samplerate
-            _check_rate(path, rate, sample_rate)
+            check_rate(path, rate, sample_rate)
             frames = file.frames if seconds is None else min(round(seconds * rate), file.frames)
-            _check_size(path, frames, file.channels, rate, sample_rate)
+            check_size(path, frames, file.channels, rate, sample_rate)
             start = (file.frames - frames) // 2 if moment is None else round(moment * rate) - frames // 2
             file.seek(min(max(start, 0), file.frames - frames))
             channels = file.read(frames, dtype="float32", always_2d=True)
@@ -62,14 +62,15 @@ def load_audio(
     if not waveform.isfinite().all():
         raise MediaError(f"cannot read sound {path}: it holds NaN or infinite samples")
     if sample_rate is not None and sample_rate != rate:
-        waveform, rate = _resampler(rate, sample_rate)(waveform), sample_rate
+        waveform, rate = resampler(rate, sample_rate)(waveform), sample_rate
     if seconds is not None:
         length = round(seconds * rate)
         waveform = waveform.repeat(-(-length // len(waveform)))[:length]
     return waveform, rate
 
 
-def _check_rate(path: str | Path, rate: int, target: int | None) -> None:
+def check_rate(path: str | Path, rate: int, target: int | None) -> None:
+    """Raise :class:`MediaError` if a file's sample rate cannot be, or cannot be resampled to the target."""
     if rate not in RATES:
         raise MediaError(
             f"cannot read sound {path}: its sample rate is {rate} Hz; it should be {RATES[0]} to {RATES[-1]} Hz"
@@ -81,7 +82,8 @@ def _check_rate(path: str | Path, rate: int, target: int | None) -> None:
         )
 
 
-def _check_size(path: str | Path, frames: int, channels: int, rate: int, target: int | None) -> None:
+def check_size(path: str | Path, frames: int, channels: int, rate: int, target: int | None) -> None:
+    """Raise :class:`MediaError` if so many samples should not be in memory at once, before or after resampling."""
     if max(frames * channels, frames * (target or rate) // rate) > MAX_SAMPLES:
         raise MediaError(
             f"cannot read sound {path}: {frames} samples of {channels} channel(s) at {rate} Hz are too many; at most "
@@ -99,7 +101,8 @@ def _kernel_size(source: int, target: int) -> int:
 
 
 @lru_cache(maxsize=16)
-def _resampler(source: int, target: int) -> transforms.Resample:
+def resampler(source: int, target: int) -> transforms.Resample:
+    """From one rate in Hz to another; its filters are kept."""
     return transforms.Resample(source, target)
 
 

@@ -20,6 +20,7 @@ from fnac.audio import MediaError
 from fnac.callbacks import BestAndLast
 from fnac.checkpoints import read_checkpoint
 from fnac.data.datamodule import READING, SAMPLING, ClipData
+from fnac.data.extract import extract
 from fnac.data.generate import make_data
 from fnac.data.leakage import check_leakage
 from fnac.demo import demo
@@ -29,8 +30,9 @@ from fnac.results import render, write_clips, write_results
 from fnac.training import MODEL, Localization, accelerator, fast_precision
 
 DESCRIPTION = """Audio-visual sound source localization with FNAC: fit, validate, test and predict as below (each with
---help), and three commands of their own: `fnac demo` trains and evaluates on generated data from nothing,
-`fnac make-data FOLDER` only makes such data, `fnac check-leakage TRAIN_LIST TEST_LIST` finds test clips in training."""
+--help), and four commands of their own: `fnac demo` trains and evaluates on generated data from nothing,
+`fnac make-data FOLDER` only makes such data, `fnac extract VIDEOS FOLDER` takes a frame and the sound of each video,
+`fnac check-leakage TRAIN_LIST TEST_LIST` finds test clips in training."""
 
 
 class LocalizationCLI(LightningCLI):
@@ -145,7 +147,7 @@ def _refuse_other(given: Mapping[str, Any], trained: Mapping[str, Any], path: st
             )
 
 
-COMMANDS: dict[str, Any] = {"make-data": make_data, "check-leakage": check_leakage, "demo": demo}
+COMMANDS: dict[str, Any] = {"make-data": make_data, "extract": extract, "check-leakage": check_leakage, "demo": demo}
 LIGHTNINGS = ("fit", "validate", "test", "predict")
 
 

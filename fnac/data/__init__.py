@@ -1,1 +1,3 @@
-"""Clips on disk: generated ones (:mod:`.generate`), the VGG-SS layout (:mod:`.vggss`) and the Lightning data module."""
+"""Clips: generated (:mod:`.generate`), out of videos (:mod:`.extract`) or as others lay them out (:mod:`.layout`,
+:mod:`.avsbench`), as a data set (:mod:`.dataset`) and a Lightning data module (:mod:`.datamodule`).
+"""

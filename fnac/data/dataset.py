@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from fnac.data.annotations import ground_truth, has_extent
 from fnac.data.avsbench import AVSBench, list_frames
 from fnac.data.clip import SILENCE, Clip, some
 from fnac.data.layout import ClipFolder, list_clips
+from fnac.threads import one_thread
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RESIZE_MARGIN = 1.1  # training crops from a frame resized to this many times the side
@@ -149,7 +149,7 @@ class ClipDataset(Dataset[dict[str, Any] | None]):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         clip = self.clips[index]
         try:
-            with _one_thread():
+            with one_thread():
                 image, spectrogram = self._decode(index)
         except MediaError as error:
             if self.on_bad_clip == "error":
@@ -215,20 +215,6 @@ def _remedy(training: bool) -> str:
         "to evaluate on those that are there, list their ids in a file and give it as --data.test.ids (or "
         "--data.val.ids); scores over fewer clips are other scores"
     )
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Without torch's other threads: waiting for them costs more than a clip's small transforms take.
-
-    Measured on two cores busy with other work: 5 ms a clip instead of 45. Loader workers have one thread anyway.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def load_image(path: str | Path) -> Image.Image:

@@ -107,7 +107,7 @@ def make_data(
         return root
     partial_root = root.with_name(f".{root.name}.{os.getpid()}.partial")
     try:
-        _write(partial_root, recipe, _available_cores() if workers is None else workers, progress)
+        _write(partial_root, recipe, available_cores() if workers is None else workers, progress)
         if root.exists():
             shutil.rmtree(root)
         partial_root.rename(root)
@@ -133,7 +133,8 @@ def _is_reusable(root: Path, wanted: dict[str, Any], overwrite: bool) -> bool:
     return False
 
 
-def _available_cores() -> int:
+def available_cores() -> int:
+    """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

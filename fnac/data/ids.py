@@ -9,7 +9,8 @@ from collections.abc import Collection, Sequence
 
 FRAME_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 SOUND_SUFFIXES = frozenset({".aif", ".aiff", ".flac", ".mp3", ".ogg", ".opus", ".wav"})
-MEDIA_SUFFIXES = FRAME_SUFFIXES | SOUND_SUFFIXES | {".avi", ".m4a", ".mkv", ".mov", ".mp4", ".webm"}
+VIDEO_SUFFIXES = frozenset({".avi", ".mkv", ".mov", ".mp4", ".webm"})
+MEDIA_SUFFIXES = FRAME_SUFFIXES | SOUND_SUFFIXES | VIDEO_SUFFIXES | {".m4a"}
 
 HEADINGS = frozenset({"clip", "file", "filename", "id", "name", "video", "video_id", "youtube_id", "ytid"})
 VIDEO = re.compile(r"(?!\d+$)[\w-]{11}", re.ASCII)  # YouTube's; Flickr's may be as long but are numbers

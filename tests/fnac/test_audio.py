@@ -106,7 +106,7 @@ def test_a_sample_rate_that_cannot_be_is_named(tmp_path, rate, sample_rate):
 
 
 def test_a_sample_rate_that_would_take_huge_filters_is_refused_before_they_are_made(tmp_path, monkeypatch):
-    monkeypatch.setattr(audio, "_resampler", lambda *_: pytest.fail("21 GB"))
+    monkeypatch.setattr(audio, "resampler", lambda *_: pytest.fail("21 GB"))
     soundfile.write(tmp_path / "odd.wav", np.zeros(100), 44_101)
     with pytest.raises(MediaError, match=r"odd\.wav.*44101 Hz has too small a common divisor with 16000 Hz"):
         load_audio(tmp_path / "odd.wav", seconds=3, sample_rate=16_000)
@@ -115,7 +115,7 @@ def test_a_sample_rate_that_would_take_huge_filters_is_refused_before_they_are_m
 
 @pytest.mark.parametrize(("source", "target"), [(44_100, 16_000), (11_025, 48_000), (47_952, 16_000)])
 def test_the_filters_size_is_known_beforehand(source, target):
-    assert audio._kernel_size(source, target) == audio._resampler(source, target).kernel.numel() <= audio.MAX_KERNEL
+    assert audio._kernel_size(source, target) == audio.resampler(source, target).kernel.numel() <= audio.MAX_KERNEL
 
 
 def test_the_length_a_header_claims_is_bounded_and_the_middle_of_a_long_file_is_not(tmp_path, monkeypatch):

@@ -267,7 +267,7 @@ def test_help_names_every_command(capsys):
         main(["--help"])
     assert exit_.value.code == 0
     printed = capsys.readouterr().out
-    for command in ("fit", "validate", "test", "predict", "demo", "make-data", "check-leakage"):
+    for command in ("fit", "validate", "test", "predict", "demo", "make-data", "extract", "check-leakage"):
         assert command in printed
 
 
