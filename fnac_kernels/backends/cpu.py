@@ -20,14 +20,15 @@ _KEPT_FROM = 1 << 20
 def row_stats_columns(n: int, weights: Sequence[float], adjacency_threshold: float | None) -> int:
     """16 statistics, and room for half of each of A, F and I that a weighted term reads.
 
-    That is in strips of up to 64 rows, columns in panels of up to 32. Of much more than ``_MOST_KEPT`` rows
-    they do not fit, and the backward pass computes them again. There is no branch, because ``n`` is symbolic where a
-    program is traced for any batch size.
+    That is in strips of up to 64 rows, columns in panels of up to 32. Of more than ``_MOST_KEPT`` rows they do
+    not fit, and the backward pass computes them again. There is no branch, because ``n`` is symbolic where a program
+    is traced for any batch size; nor a minimum, of which torch 2.6 makes one.
     """
     nce, fns_audio, tne, fns_visual = map(bool, weights)
     masked = nce and adjacency_threshold is not None
     matrices = (fns_audio or tne or masked) + tne + fns_visual
-    return _ROW_STATS + matrices * (torch.sym_min(n, _MOST_KEPT) // 2 + 145 + 3008 // n)
+    kept = n // (1 + (n - 1) // _MOST_KEPT * n)  # n, or of more rows 0
+    return _ROW_STATS + matrices * (kept // 2 + 145 + 3008 // n)
 
 
 def _floats(like: Tensor, *shape: int) -> Tensor:
