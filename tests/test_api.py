@@ -225,6 +225,22 @@ def test_gpu_backends_say_why_they_are_not_usable():
         fk.fnac_loss(IMG, AUD, backend="triton")
 
 
+OLD_TRITON = """
+import torch, triton
+from fnac_kernels import _dispatch
+triton.__version__, torch.cuda.is_available = "3.2.0", lambda: True
+print(_dispatch.BACKENDS["triton"].problem)
+"""
+
+
+@pytest.mark.parametrize(("interpret", "problem"), [("0", "triton 3.2.0 cannot compile the kernels"), ("1", "None")])
+def test_a_triton_that_would_end_the_process_is_not_usable_but_in_its_interpreter(interpret, problem, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    printed = subprocess.run([sys.executable, "-c", OLD_TRITON], capture_output=True, text=True, check=True).stdout
+    assert problem in printed
+
+
 def test_a_missing_compiled_module_is_explained(monkeypatch):
     monkeypatch.setattr(_native, "_load", lambda: (None, "the compiled module is missing"))
     assert "missing" in _native.problem()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.3")
 if importlib.util.find_spec("triton.backends.nvidia") is None:
     pytest.skip("this Triton has no NVIDIA backend", allow_module_level=True)
 
