@@ -19,6 +19,8 @@ from torch.autograd.function import once_differentiable
 from fnac_kernels._validate import DTYPES
 from fnac_kernels.reference import Terms, false_negatives
 
+_WANTED = "requires_grad"
+
 
 @dataclass(frozen=True)
 class Shares:
@@ -42,14 +44,18 @@ def processes(group: Any) -> int:
     return count
 
 
-def agree(aud: Tensor, group: Any, **settings: float | Sequence[float] | None) -> Shares:
+def agree(img: Tensor, aud: Tensor, group: Any, **settings: float | Sequence[float] | None) -> Shares:
     """Learn how many rows each process has.
 
     Raises:
-        ValueError: the processes differ in the embeddings' size or dtype or in a setting; on every one of them, where
-            otherwise some would wait for the others.
+        ValueError: the processes differ in the embeddings' size or dtype, in what wants a gradient, or in a setting; on
+            every one of them, where otherwise some would wait for the others, here or in the backward pass.
     """
     said: dict[str, Sequence[float]] = {"numbers of channels": [aud.shape[1]], "dtypes": [DTYPES.index(aud.dtype)]}
+    said |= {
+        f"{_WANTED} of {name}": [torch.is_grad_enabled() and x.requires_grad]
+        for name, x in (("img", img), ("aud", aud))
+    }
     said |= {name: _numbers(value) for name, value in settings.items()}
     mine = torch.tensor([len(aud), *(x for values in said.values() for x in values)], dtype=torch.float64)
     all_said = aud.new_empty(dist.get_world_size(group) * len(mine), dtype=torch.float64)
@@ -72,6 +78,8 @@ def _numbers(value: float | Sequence[float] | None) -> Sequence[float]:
 def _shown(name: str, value: float) -> str:
     if name == "dtypes":
         return str(DTYPES[int(value)])
+    if name.startswith(_WANTED):
+        return str(bool(value))
     return "None" if value == math.inf else repr(value).removesuffix(".0")
 
 

@@ -167,7 +167,8 @@ def distributed_fnac_loss(
         parameters' gradients is the gradient of the loss.
 
     Raises:
-        ValueError: beyond :func:`fnac_loss`'s, settings, C or dtype differ between processes; all of them raise it.
+        ValueError: beyond :func:`fnac_loss`'s, settings, C, dtype or ``requires_grad`` differ between processes; all of
+            them raise it.
 
     Errors of one process alone leave the others waiting, as everywhere in ``torch.distributed``. ``torch.compile``
     leaves the call to Python. No CUDA graph can hold it: it waits for the others' numbers of pairs.
@@ -189,6 +190,7 @@ def distributed_fnac_loss(
     name = _backend(backend, img)
     img, aud = _autocast(name, img, aud)
     shares = _distributed.agree(
+        img,
         aud,
         process_group,
         tau=tau,

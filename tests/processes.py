@@ -22,13 +22,14 @@ WORLD = 3
 
 @dataclass(frozen=True)
 class Shared:
-    """A sample whose rows the processes share out by ``sizes``."""
+    """A sample whose rows the processes share out by ``sizes``; ``wanted``: whose gradients, img's and aud's."""
 
     sample: Sample
     sizes: tuple[int, ...]
     backend: str | None = "cpu"
     dtype: torch.dtype | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    wanted: tuple[bool, bool] = (True, True)
 
     def rows(self, rank: int) -> slice:
         return slice(sum(self.sizes[:rank]), sum(self.sizes[: rank + 1]))
@@ -47,17 +48,30 @@ CASES = {
     "clustered": Shared(Sample(16, 16, 64, 7, 7, layout="channels_last", kind="clustered"), (5, 6, 5)),
     "bfloat16": Shared(Sample(13, 13, 48, 7, 7, dtype=BF16), (4, 4, 5)),
     "reference": Shared(TWELVE, (3, 7, 2), backend="reference"),
+    "reference, bfloat16": Shared(Sample(13, 13, 48, 7, 7, dtype=BF16), (4, 4, 5), backend="reference"),
+    "images alone": Shared(TWELVE, (3, 7, 2), wanted=(True, False)),
+    "sounds alone": Shared(TWELVE, (3, 7, 2), wanted=(False, True)),
+    "sounds alone, reference": Shared(TWELVE, (3, 7, 2), backend="reference", wanted=(False, True)),
     "float64": Shared(TWELVE, (3, 7, 2), backend=None, dtype=torch.float64),
     "masked": Shared(TWELVE, (3, 7, 2), settings={"adjacency_threshold": 0.1}),
     "all masked": Shared(TWELVE, (3, 7, 2), settings={"adjacency_threshold": -2.0}),
     "NCE only": Shared(TWELVE, (3, 7, 2), settings={"weights": (1, 0, 0, 0)}),
     "without NCE": Shared(TWELVE, (3, 7, 2), settings={"weights": (0, 30, 0, 50)}),
+    "TNE alone": Shared(TWELVE, (3, 7, 2), settings={"weights": (0, 0, 20, 0), "fg_threshold": 0.3}),
+}
+#: Of the two processes that make a group: none is the default.
+PAIRS_SETTINGS: dict[str, Any] = {
+    "tau": 0.2,
+    "fg_threshold": 0.4,
+    "weights": (2, 30, 40, 50),
+    "adjacency_threshold": 0.05,
+    "backend": "reference",
 }
 
 
 def step(case: Shared, rows: slice, loss: Callable[..., fk.FNACOutput], terms: int = 1) -> dict[str, Any]:
     """Outputs and gradients of those rows, under the sample's cotangents, the terms' divided by ``terms``."""
-    img, aud = (x[rows].requires_grad_() for x in case.features())
+    img, aud = (x[rows].requires_grad_(wanted) for x, wanted in zip(case.features(), case.wanted, strict=True))
     out = loss(img, aud, case.sample.tau, backend=case.backend, **case.settings)
     whole = out.maps.new_zeros(case.sample.n, *out.maps.shape[1:])
     weights = [cotangent(i, x) / terms for i, x in enumerate(out[:-1])] + [cotangent(5, whole)[rows]]
@@ -87,8 +101,10 @@ def trained(encoders: nn.Module, loss: nn.Module, rows: slice = slice(None)) -> 
 def error(**settings: Any) -> str:
     """What a call with settings that differ says; all processes get there."""
     channels, dtype = settings.pop("channels", 8), settings.pop("dtype", torch.float32)
+    wanted = settings.pop("wanted", (False, False))
+    features = [torch.ones(2, channels, *size, dtype=dtype) for size in ((2, 2), ())]
     try:
-        fk.distributed_fnac_loss(*(torch.ones(2, channels, *size, dtype=dtype) for size in ((2, 2), ())), **settings)
+        fk.distributed_fnac_loss(*(x.requires_grad_(y) for x, y in zip(features, wanted, strict=True)), **settings)
     except ValueError as raised:
         return str(raised)
     return "no error"
@@ -118,8 +134,11 @@ def work(rank: int, folder: str) -> None:
     if rank == 1:
         found["outside"] = error(process_group=pair)
     else:
-        loss = fk.FNACLoss(distributed=True, process_group=pair)
-        found["pair"] = tuple(loss(*(x[half] for x in TWELVE.features())))
+        loss = fk.FNACLoss(distributed=True, process_group=pair, **PAIRS_SETTINGS)
+        img, aud = (x[half].requires_grad_() for x in TWELVE.features())
+        out = loss(img, aud)
+        (out.loss / 2).backward()
+        found["pair"] = tuple(x.detach() for x in (*out[:-1], img.grad, aud.grad))
     encoders = DistributedDataParallel(Encoders())
     found["trained"] = trained(encoders, fk.FNACLoss(distributed=True), CASES["even"].rows(rank))
     found["errors"] = [
@@ -128,6 +147,8 @@ def work(rank: int, folder: str) -> None:
         error(adjacency_threshold=None if rank else 0.5),
         error(channels=8 if rank else 9),
         error(dtype=torch.bfloat16 if rank else torch.float16),
+        error(wanted=(True, rank != 1)),
+        error(wanted=(rank == 2, True)),
     ]
     torch.save(found, Path(folder, f"{rank}.pt"))
     dist.destroy_process_group()

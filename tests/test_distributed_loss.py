@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from processes import CASES, TWELVE, WORLD, Encoders, step, trained, work
+from processes import CASES, PAIRS_SETTINGS, TWELVE, WORLD, Encoders, step, trained, work
 from tolerance import Run, assert_as_good_as_torch
 
 import fnac_kernels as fk
@@ -26,9 +26,8 @@ def together(found) -> Run:
     for rank in found:
         for term, first in zip(rank["outputs"][:-1], found[0]["outputs"][:-1], strict=True):
             assert torch.equal(term, first)
-    dimg, daud, maps = (
-        torch.cat(x) for x in zip(*((r["dimg"], r["daud"], r["outputs"][-1]) for r in found), strict=True)
-    )
+    maps = torch.cat([rank["outputs"][-1] for rank in found])
+    dimg, daud = (None if found[0][x] is None else torch.cat([rank[x] for rank in found]) for x in ("dimg", "daud"))
     return Run((*found[0]["outputs"][:-1], maps), dimg, daud)
 
 
@@ -67,9 +66,12 @@ def test_it_runs_in_compiled_code(ranks):
 
 
 def test_a_group_of_some_processes_shares_among_them(ranks):
-    expected = fk.fnac_loss(*TWELVE.features())
-    for rank in (0, 2):
-        torch.testing.assert_close(ranks[rank]["pair"][:-1], tuple(expected[:-1]), rtol=1e-4, atol=1e-4)
+    img, aud = (x.requires_grad_() for x in TWELVE.features())
+    expected = fk.fnac_loss(img, aud, **PAIRS_SETTINGS)
+    expected.loss.backward()
+    for rank, rows in ((0, slice(0, 5)), (2, slice(5, 12))):
+        wanted = (*(x.detach() for x in expected[:-1]), img.grad[rows], aud.grad[rows])
+        torch.testing.assert_close(ranks[rank]["pair"], wanted, rtol=1e-4, atol=1e-4)
     assert "process_group does not contain this process" in ranks[1]["outside"]
 
 
@@ -87,6 +89,8 @@ def test_processes_that_differ_all_say_in_what(ranks):
         "the processes have different numbers of channels: 9, 8, 8 by rank; they should have the same",
         "the processes have different dtypes: torch.float16, torch.bfloat16, torch.bfloat16 by rank; they should have "
         "the same",
+        "the processes have different requires_grad of aud: True, False, True by rank; they should have the same",
+        "the processes have different requires_grad of img: False, False, True by rank; they should have the same",
     ]
     assert [rank["errors"] for rank in ranks] == [expected] * WORLD
 
