@@ -9,6 +9,7 @@ import torch
 from samples import CASE_IDS, CASES, USABLE, Op, Sample
 from tolerance import Run, assert_as_good_as_torch, flips, run
 
+import fnac_kernels as fk
 from fnac_kernels import _dispatch
 
 
@@ -35,6 +36,19 @@ def test_the_argmax_is_the_first_of_the_largest(sample, backend):
     img, aud = sample.features(_dispatch.BACKENDS[backend].takes)
     _, argmax = torch.ops.fnac_kernels.max_logits(img, aud, sample.tau, backend)
     assert flips(argmax, img, aud) == 0
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("tau", [0.03, 0.07])
+@pytest.mark.parametrize("threshold", [0.25, 0.625, 0.75])
+def test_pairs_at_the_threshold_are_false_negatives(backend, tau, threshold):
+    """Whatever dividing by tau makes of both: these products are exact."""
+    device = _dispatch.BACKENDS[backend].takes
+    img, aud = tau * torch.randn(6, 8, 3, 3, device=device), torch.eye(6, 8, device=device)  # every pair counts
+    aud[1, 0] = aud[3, 2] = threshold
+    settings = {"weights": (1, 0, 0, 0), "adjacency_threshold": threshold}
+    got, wanted = (fk.fnac_loss(img, aud, tau, backend=name, **settings).nce for name in (backend, "reference"))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_the_reference_is_its_own_gradient():

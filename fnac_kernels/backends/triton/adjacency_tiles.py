@@ -11,6 +11,8 @@ s2 = sign(P_A - P_F), s3 = sign(P_I - P_L). Source: the formulas in ``fnac_kerne
 
 from __future__ import annotations
 
+from ctypes import c_float
+
 import torch
 import triton
 import triton.language as tl
@@ -131,8 +133,8 @@ def flags(weights: tuple[float, ...], adjacency_threshold: float | None) -> dict
 
 
 def scaled_threshold(adjacency_threshold: float | None, tau: float) -> float:
-    """The threshold on the audio adjacency matrix, which is divided by tau."""
-    return 0.0 if adjacency_threshold is None else adjacency_threshold / tau
+    """The threshold on the audio adjacency matrix, divided by tau and rounded as that is, for pairs at it."""
+    return 0.0 if adjacency_threshold is None else c_float(adjacency_threshold).value * c_float(1 / tau).value
 
 
 def floats(like: torch.Tensor, *shape: int) -> torch.Tensor:
