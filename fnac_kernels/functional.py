@@ -9,7 +9,8 @@ input's dtype. Under autocast the features are rounded to the autocast dtype fir
 first; ``reference`` where none is usable); a name is an order, never falls back, and says why it cannot be followed.
 
 Bad arguments raise ValueError or TypeError that name the argument, before any kernel runs. NaN and inf propagate as
-they do in plain PyTorch, except that a gradient reads the chosen cells alone: it is finite where only others are not.
+they do in plain PyTorch, except that a gradient that reads the chosen cells alone is finite where only others are not;
+one-hot products (of ``triton``, and of ``cuda`` on Hopper) multiply the others by 0, as PyTorch does.
 Second derivatives, and derivatives in forward mode, exist on ``backend="reference"`` only, and not of
 :func:`distributed_fnac_loss`. Under ``torch.compile`` each other ``tau`` or ``weights`` compiles anew.
 
