@@ -6,11 +6,10 @@ import argparse
 import sys
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
-from bench import limits, machine, memory, rivals, work
+from bench import flags, limits, machine, memory, rivals, work
 from bench.cases import CASES, DEFAULT, OPS, Case, Op
 from bench.report import table
 from bench.results import Row, Run, conditions
@@ -38,16 +37,23 @@ def arguments() -> argparse.ArgumentParser:
         help="below float32: autocast of float32 features, for everyone",
     )
     parser.add_argument("--matmul-precision", choices=("highest", "high", "medium"), default="highest")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=25, help="samples of each contender, at most")
+    parser.add_argument(
+        "--device",
+        type=flags.device,
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+    )
+    parser.add_argument("--threads", type=flags.count, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=flags.count, default=25, help="samples of each contender, at most")
     parser.add_argument("--seconds", type=float, default=8.0, help="time for the samples of a case")
-    parser.add_argument("--memory-limit", type=float, default=8.0, help="GiB a call may need beyond its inputs")
+    parser.add_argument(
+        "--memory-limit", type=flags.positive, default=8.0, help="GiB a call may need beyond its inputs"
+    )
     parser.add_argument(
         "--keep-memory", action="store_true", help="in a process that keeps freed memory, as the fnac command's does"
     )
     parser.add_argument("--no-memory", action="store_true", help="skip the peak memory, a fresh process per row")
-    parser.add_argument("--out", type=Path, help="write the results here, as JSON")
+    parser.add_argument("--out", type=flags.output, help="write the results here, as JSON")
     return parser
 
 
@@ -55,11 +61,11 @@ def selected(options: argparse.Namespace) -> list[tuple[Op, Case]]:
     """The operations and cases asked for; one of the two alone is combined with the other's defaults."""
     ops = options.ops or (["fnac_loss"] if options.cases else list(DEFAULT))
     pairs = [(OPS[op], CASES[case]) for op in ops for case in options.cases or DEFAULT.get(op, ("published",))]
-    return [(op, case) for op, case in pairs if op.problem(case) is None] or _refuse(pairs)
-
-
-def _refuse(pairs: list[tuple[Op, Case]]) -> list[tuple[Op, Case]]:
-    raise SystemExit("\n".join(f"{op.name} on {case.name}: {op.problem(case)}" for op, case in pairs))
+    refused = [f"{op.name} on {case.name}: {problem}" for op, case in pairs if (problem := op.problem(case))]
+    if len(refused) == len(pairs):
+        raise SystemExit("\n".join(refused))
+    print(*(f"left out: {reason}" for reason in refused), sep="\n", end="\n" * bool(refused), file=sys.stderr)
+    return [(op, case) for op, case in pairs if op.problem(case) is None]
 
 
 def measure(op: Op, case: Case, dtype: str, options: argparse.Namespace, peaks: dict[str, float]) -> Iterator[Row]:

@@ -5,10 +5,11 @@
 set -u
 cd "$(dirname "$0")/.."
 folder=bench/results/${1:?"a short name of this machine"}
-names=" ${*:2} "
+names=" ${*:2} " known=" " failed=
 run() {
+    known+="$1 "
     [[ $names == "  " || $names == *" $1 "* ]] || return 0
-    ${WRAP:-} "${PYTHON:-python}" -m "${@:2}" --device cpu --out "$folder/$1.json"
+    ${WRAP:-} "${PYTHON:-python}" -m "${@:2}" --device cpu --out "$folder/$1.json" || failed+=" $1"
 }
 loss="bench --ops fnac_loss --cases"
 run 1-batch $loss b32-7x7 b64-7x7 b128-7x7 published b512-7x7 b1024-7x7 --rounds 75 --seconds 20
@@ -30,4 +31,11 @@ run f-memory-kept $loss $sizes --keep-memory --no-memory
 run g-distributed bench.distributed
 if grep -q -w amx_bf16 /proc/cpuinfo; then # what serves where there is AVX-512 and no AMX
     FNAC_CPU_ISA=avx512vnni run h-without-amx $loss $sizes --backends cpu --no-memory
+fi
+for name in "${@:2}"; do
+    [[ $known == *" $name "* ]] || failed+=" $name (unknown)"
+done
+if [[ $failed ]]; then
+    echo "measure.sh: failed:$failed" >&2
+    exit 1
 fi

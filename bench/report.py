@@ -109,15 +109,16 @@ def _facts(runs: Sequence[Run]) -> str:
         "copy": "memory copy {:,.0f} GB/s",
     }
     limits = ", ".join(text.format(peaks[key] / 1e9) for key, text in names.items() if key in peaks)
+    limits = f"Measured limits, in GFLOP/s: {limits}. " if limits else ""
     commits = ", ".join(dict.fromkeys(run.machine["commit"] for run in runs))
     memory = next((run.settings["memory_limit"] for run in runs if "memory_limit" in run.settings), None)
+    exhausted = "" if memory is None else f"; a call that needs more than {memory:g} GiB is out of memory"
     return (
         f"### {_title(machine)}\n\n"
-        f"torch {machine['versions']['torch']}, {machine['date']}, commit {commits}. "
-        f"Measured limits, in GFLOP/s: {limits}. "
+        f"torch {machine['versions']['torch']}, {machine['date']}, commit {commits}. {limits}"
         f"Milliseconds are medians of interleaved runs; in brackets how many times faster than {BASELINE}. "
         f"*Of limit*: the share of the machine's limit that our kernel reaches. *Peak*: memory beyond the inputs, "
-        f"results included; a call that needs more than {memory:g} GiB is out of memory."
+        f"results included{exhausted}."
     )
 
 
@@ -193,10 +194,21 @@ def _picture(path: str) -> str:
 def read(folder: Path) -> dict[str, list[Run]]:
     """The results of each machine, a folder each, in the order of the file names. (``on_gpu.json`` tells how
     ``on_gpu.sh`` went.)
+
+    Raises:
+        ValueError: there are none, or a file is not of results.
     """
     machines: dict[str, list[Run]] = {}
     for path in sorted(path for path in folder.glob("*/*.json") if path.name != "on_gpu.json"):
-        machines.setdefault(path.parent.name, []).append(Run.read(path))
+        try:
+            run = Run.read(path)
+            for row in run.rows:
+                _place(row)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} does not hold results: {type(error).__name__}: {error}") from error
+        machines.setdefault(path.parent.name, []).append(run)
+    if not machines:
+        raise ValueError(f"{folder} has no results; it should have MACHINE/*.json")
     return machines
 
 
@@ -215,12 +227,16 @@ def main() -> None:
         "--results", type=Path, help="print the section of these results instead: FOLDER/MACHINE/*.json"
     )
     options = parser.parse_args()
-    if options.results:
-        print(section(read(options.results)))
-        return
-    machines = read(DIRECTORY)
+    try:
+        machines = read(options.results or DIRECTORY)
+        if options.results:
+            print(section(machines))
+            return
+        text = with_section(README.read_text(), section(machines))
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     temporary = README.with_name(README.name + ".tmp")
-    temporary.write_text(with_section(README.read_text(), section(machines)))
+    temporary.write_text(text)
     os.replace(temporary, README)
     for name, runs in machines.items():
         plots.draw(runs, DIRECTORY / name)

@@ -10,7 +10,10 @@ import time
 import pytest
 import torch
 
+import bench.distributed
+import fnac_kernels
 from bench import limits, memory, work
+from bench.__main__ import arguments, selected
 from bench.cases import CASES, OPS, ChunkedReference
 from bench.results import Row, Run
 from bench.rivals import BASELINE, CONTENDERS, Contender
@@ -133,6 +136,56 @@ def test_the_command_names_a_case_that_an_operation_cannot_do():
     assert "tall: pairs every image with a sound" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "why"),
+    [
+        ("--rounds", "0", "is 0; it should be at least 1"),
+        ("--threads", "-2", "is -2; it should be at least 1"),
+        ("--memory-limit", "0", "is 0; it should be positive and finite"),
+        ("--memory-limit", "nan", "is nan; it should be positive and finite"),
+        ("--out", ".", "is ., a folder; it should name a file"),
+        ("--out", "/dev/null/run.json", "whose folder cannot be made"),
+    ],
+)
+def test_what_cannot_be_measured_with_is_refused_at_once(flag, value, why, capsys):
+    with pytest.raises(SystemExit):
+        arguments().parse_args([flag, value])
+    assert f"argument {flag}: " in (refusal := capsys.readouterr().err)
+    assert why in refusal
+
+
+def test_what_an_operation_cannot_do_is_left_out_and_named(capsys):
+    options = arguments().parse_args(["--ops", "fnac_loss", "max_logits", "--cases", "tall"])
+    assert [(op.name, case.name) for op, case in selected(options)] == [("max_logits", "tall")]
+    assert capsys.readouterr().err == "left out: fnac_loss on tall: pairs every image with a sound: needs n == m\n"
+
+
+@pytest.mark.parametrize("wrong", ["value", "gradient"])
+def test_what_processes_share_is_not_timed_when_it_differs(wrong, tmp_path, monkeypatch):
+    """The loss or a gradient: here of one process, whose loss a factor makes wrong."""
+
+    def loss(img, aud, tau, *, backend):
+        out = fnac_kernels.fnac_loss(img, aud, tau, backend=backend)
+        if backend == "reference":
+            return out
+        factor = 1.1 if wrong == "value" else 1.0
+        return out._replace(loss=factor * out.loss + (img - img.detach()).sum())
+
+    monkeypatch.setattr(fnac_kernels, "distributed_fnac_loss", loss)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(SystemExit, match="tiny: cpu differs from eager"):
+            bench.distributed.measure(TINY, torch.device("cpu"), 1)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_results_to_be_measured_again_have_a_name_that_is_known():
+    script = bench.distributed.__file__.replace("distributed.py", "measure.sh")
+    done = subprocess.run(["bash", script, "nowhere", "1-bach"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "measure.sh: failed: 1-bach (unknown)\n")
+
+
 def test_a_batch_that_processes_share_is_measured(tmp_path):
     out = tmp_path / "run.json"
     command = [sys.executable, "-m", "bench.distributed", "--device", "cpu", "--cases", "tiny", "--rounds", "3"]
@@ -145,3 +198,5 @@ def test_a_batch_that_processes_share_is_measured(tmp_path):
     }
     refused = subprocess.run([*command, "--processes", "1"], capture_output=True, text=True)
     assert "--processes is 1; it should be at least 2" in refused.stderr
+    refused = subprocess.run([*command, "--processes", "9"], capture_output=True, text=True)
+    assert "--processes is 9; tiny has 8 pairs to share" in refused.stderr

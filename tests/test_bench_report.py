@@ -69,6 +69,29 @@ def test_the_machine_measured_last_comes_first_and_the_others_are_folded():
     assert "Measured before: an older one (2 threads, avx2)" in made
 
 
+def test_results_without_limits_say_nothing_of_them():
+    """Those of ``bench.distributed`` alone, say."""
+    row = Row("distributed_fnac_loss", "published, 2 processes", "float32", "eager", p50=80.0, ratio=1.0)
+    made = report.section({"desk": [dataclasses.replace(RUN, settings={"rounds": 9}, peaks={}, rows=[row])]})
+    assert "| B=256, 7x7 (published, 2 processes) | 80.0 (1.00x) |" in made
+    assert "Measured limits" not in made
+    assert "out of memory" not in made
+
+
+@pytest.mark.parametrize("text", ['{"machine": {}, "rows', '{"machine": {}}', "[]", '{"rows": [{"op": "fnac_loss"}]}'])
+def test_a_file_that_holds_no_results_is_named(text, tmp_path):
+    (tmp_path / "desk").mkdir()
+    path = tmp_path / "desk" / "broken.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"desk/broken\.json does not hold results"):
+        report.read(tmp_path)
+
+
+def test_a_folder_without_results_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="has no results"):
+        report.read(tmp_path)
+
+
 def test_a_readme_without_markers_is_refused():
     with pytest.raises(ValueError, match="lacks the markers"):
         report.with_section("# nothing here", "made")

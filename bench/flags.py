@@ -1,0 +1,41 @@
+"""Types of the commands' flags: with what cannot be measured nothing is begun."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+
+
+def count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"is {text}; it should be at least 1")
+    return value
+
+
+def positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"is {text}; it should be positive and finite")
+    return value
+
+
+def device(text: str) -> str:
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("is cuda; torch sees no CUDA device")
+    return text
+
+
+def output(text: str) -> Path:
+    """A file that can be written once the results are there."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"is {text}, a folder; it should name a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"is {text}, whose folder cannot be made: {error}") from error
+    return path
