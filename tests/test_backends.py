@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from samples import CASE_IDS, CASES, USABLE, Op, Sample
+from samples import BF16, CASE_IDS, CASES, USABLE, Op, Sample
 from tolerance import Run, assert_as_good_as_torch, flips, run
 
 import fnac_kernels as fk
@@ -36,6 +36,20 @@ def test_the_argmax_is_the_first_of_the_largest(sample, backend):
     img, aud = sample.features(_dispatch.BACKENDS[backend].takes)
     _, argmax = torch.ops.fnac_kernels.max_logits(img, aud, sample.tau, backend)
     assert flips(argmax, img, aud) == 0
+
+
+#: A term alone, and what the table's weights leave out: what is not wanted is neither read nor written.
+WEIGHTS = [(2, 0, 0, 0), (0, 30, 0, 0), (0, 0, 40, 0), (0, 0, 0, 50), (1, 0, 40, 0), (0, 30, 40, 0)]
+WEIGHED = [Sample(9, 9, 17, 3, 5), Sample(9, 9, 17, 3, 5, dtype=BF16, layout="channels_last", kind="clustered")]
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("sample", WEIGHED, ids=str)
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+def test_terms_that_are_wanted_alone(weights, sample, backend):
+    op = Op("fnac_loss", lambda *x: tuple(fk.fnac_loss(*x[:3], backend=x[3], weights=weights)))
+    got = run(op, sample, backend, device=_dispatch.BACKENDS[backend].takes)
+    assert_as_good_as_torch(got, by_torch(op, sample), exact(op, sample), sample.dtype)
 
 
 @pytest.mark.parametrize("backend", USABLE)
