@@ -9,7 +9,7 @@
 
 #include "cpu/parallel.h"
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(FNAC_BF16)
 #include "cpu/amx_tiles.h"
 #endif
 
@@ -58,7 +58,7 @@ double run(Loop loop, int threads, int milliseconds) {
     return rate;
 }
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(FNAC_BF16)
 
 double amx_bfloat16() {
     const tiles::Configured configured;
@@ -90,7 +90,7 @@ double peak_fma(int threads, int milliseconds) {
 }
 
 double peak_amx(int threads, int milliseconds) {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(FNAC_BF16)
     if (tiles::usable()) return run(amx_bfloat16, threads, milliseconds);
 #endif
     (void)threads, (void)milliseconds;

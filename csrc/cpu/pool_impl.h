@@ -7,7 +7,7 @@ namespace {
 
 constexpr float kMinMaxEps = 1e-5f;
 
-void minmax_mask(const float* map, int64_t p, float threshold, uint8_t* mask, float* weights) {
+inline void minmax_mask(const float* map, int64_t p, float threshold, uint8_t* mask, float* weights) {
     float low = map[0], high = map[0];
     for (int64_t i = 0; i < p; ++i) {  // a NaN makes every comparison below false, as in PyTorch
         low = map[i] < low || map[i] != map[i] ? map[i] : low;
