@@ -165,7 +165,10 @@ def main(args: list[str] | None = None) -> None:
         else:
             raise ValueError(f"there is no command {command!r}; there are {', '.join([*LIGHTNINGS, *COMMANDS])}")
     except SIGTERMException:  # Lightning's has the status of success
-        print("fnac: stopped by SIGTERM; give the run's last.ckpt as --ckpt_path to go on", file=sys.stderr)
+        remedy = (
+            "the same command goes on" if command in COMMANDS else "give the run's last.ckpt as --ckpt_path to go on"
+        )
+        print(f"fnac: stopped by SIGTERM; {remedy}", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
     except Exception as error:
         if not _explains_itself(error):

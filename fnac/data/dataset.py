@@ -102,7 +102,7 @@ class ClipDataset(Dataset[dict[str, Any] | None]):
         if found.missing:
             message = f"{folder.root}: clips lack files: {some(found.missing)}"
             if on_bad_clip == "error":
-                raise FileNotFoundError(f"{message}; {_remedy(augmentation is not None)}")
+                raise FileNotFoundError(f"{message}; {_remedy(folder, augmentation is not None)}")
             warnings.warn(f"left out: {message}", stacklevel=2)
         self.clips: list[Clip] = found.clips
         if names is not None:
@@ -208,13 +208,13 @@ def _warn_of_empty_ground_truth(clips: Sequence[Clip]) -> None:
         )
 
 
-def _remedy(training: bool) -> str:
+def _remedy(folder: ClipFolder | AVSBench, training: bool) -> str:
     if training:
         return "to train without them, set --data.on_bad_clip skip"
-    return (
-        "to evaluate on those that are there, list their ids in a file and give it as --data.test.ids (or "
-        "--data.val.ids); scores over fewer clips are other scores"
-    )
+    fewer = "list their ids in a file and give it as --data.test.ids (or --data.val.ids)"
+    if isinstance(folder, AVSBench):
+        fewer = "take the videos' lines out of the csv"
+    return f"to evaluate on those that are there, {fewer}; scores over fewer clips are other scores"
 
 
 def load_image(path: str | Path) -> Image.Image:

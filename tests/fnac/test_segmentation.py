@@ -180,6 +180,8 @@ def test_what_a_subset_lacks_is_named(single):
     (single / "s4_data/gt_masks/test/helicopter/test_c3_0_5000/test_c3_0_5000_2.png").unlink()
     (single / "s4_data/audio_wav/test/dog_barking/test_a1_0_5000.wav").unlink()
     missing = list_frames(AVSBench(str(single), "test")).missing
+    with pytest.raises(FileNotFoundError, match=r"lack files: test_a1.*take the videos' lines out of the csv"):
+        ClipDataset(AVSBench(str(single), "test"))
     assert missing == [*(f"test_a1_0_5000_{k} (sound)" for k in range(1, 6)), "test_c3_0_5000_2 (mask)"]
     (single / "s4_meta_data.csv").write_text("name,part\nx,test\n")
     with pytest.raises(ValueError, match=r"should have a column split, its headings are \['name', 'part'\]"):
