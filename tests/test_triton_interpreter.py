@@ -34,9 +34,10 @@ def test_the_interpreter_passes_the_table():
 NON_FINITE = """
 import itertools, torch, fnac_kernels as fk
 VALUES, DTYPES = (float("nan"), float("inf")), (torch.float32, torch.bfloat16)
-for where, value, dtype in itertools.product(("img", "aud"), VALUES, DTYPES):
+SIDES = 3, 17  # of a map whose image is one program, and of a larger one
+for where, value, dtype, side in itertools.product(("img", "aud"), VALUES, DTYPES, SIDES):
     torch.manual_seed(0)
-    img, aud = torch.randn(3, 8, 3, 3).to(dtype), torch.randn(3, 8).to(dtype)
+    img, aud = torch.randn(3, 8, side, side).to(dtype), torch.randn(3, 8).to(dtype)
     (img if where == "img" else aud).view(-1)[11] = value
     got, wanted = (fk.fnac_loss(img, aud, 0.5, backend=name) for name in ("triton", "reference"))
     for x, y in zip(got, wanted):
