@@ -102,14 +102,15 @@ class AdjacencyGradient {
             F dl = V::mul(V::mul(pl, V::sub(dot, gl)), share),
               dlt = V::mul(V::mul(plt, V::sub(dot_t, glt)), share);
             if (needs_.nce) {
-                // Each element of L is in one row's softmax and in one column's.
+                // Each element of L is in one row's softmax, pl where no pair is masked, and in one column's.
+                const bool again = needs_.mask || !with_l;
                 const auto entropy = [&](F by_row, const float* of, F column_lse) {
                     const F by_column = exp_negative<V>(V::sub(V::load(of + m), column_lse));
                     return unmasked(V::add(by_row, by_column), x, n, m0, m);
                 };
-                dl = V::fma(g0, entropy(p(x.l, kLseKept), x.l, V::load(columns_.col_lse() + m0 + m)), dl);
-                if constexpr (kBoth)
-                    dlt = V::fma(g0, entropy(pt(x.lt, kLseKept), x.lt, V::set(job_.col_lse[n])), dlt);
+                const F kept = again ? p(x.l, kLseKept) : pl, kept_t = again ? pt(x.lt, kLseKept) : plt;
+                dl = V::fma(g0, entropy(kept, x.l, V::load(columns_.col_lse() + m0 + m)), dl);
+                if constexpr (kBoth) dlt = V::fma(g0, entropy(kept_t, x.lt, V::set(job_.col_lse[n])), dlt);
             }
             V::store(x.dl + m, dl);
             if constexpr (kBoth) V::store(x.dlt + m, dlt);

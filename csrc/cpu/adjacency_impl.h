@@ -155,18 +155,19 @@ void adjacency_row(const Adjacency& job, const Needs& needs, const Row& x, int64
     using F = typename V::F;
     float* stats = job.row_stats + n * kRowStats;
     for (int64_t s = 0; s < kRowStats; ++s) stats[s] = 0.f;
-    log_sum_exp<V>(x.l, size).write(stats + kLseL);
+    const LogSumExp unmasked = log_sum_exp<V>(x.l, size);
+    unmasked.write(stats + kLseL);
     if (needs.s1 || needs.s2) log_sum_exp<V>(x.a, size).write(stats + kLseA);
     if (needs.s2) log_sum_exp<V>(x.f, size).write(stats + kLseF);
     if (needs.s3) log_sum_exp<V>(x.i, size).write(stats + kLseI);
     job.col_lse[n] = 0.f;
     if (needs.nce) {
         const auto lse = [&](const float* logits) {
-            if (!needs.mask) return log_sum_exp<V>(logits, size);
             for (int64_t m = 0; m < size; ++m) kept[m] = masked(job, x.a[m], n, m) ? kNegInf : logits[m];
             return log_sum_exp<V>(kept, size);
         };
-        const LogSumExp row = lse(x.l), column = lse(x.lt);
+        const LogSumExp row = needs.mask ? lse(x.l) : unmasked;
+        const LogSumExp column = needs.mask ? lse(x.lt) : log_sum_exp<V>(x.lt, size);
         row.write(stats + kLseKept);
         job.col_lse[n] = column.value();
         const auto entropy = [&](LogSumExp sum) { return static_cast<double>(sum.high - x.l[n]) + sum.log; };
