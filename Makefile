@@ -57,8 +57,7 @@ sanitize: install
 	$(PYTEST) tests/test_backends.py tests/test_cpu_exact.py tests/test_cpu_backend.py \
 		tests/test_kept_memory.py
 
-# Makes data, trains, evaluates and writes runs/demo/report.html, in about 10 minutes on 2 cores that multiply bfloat16,
-# in about 40 on others.
+# Makes data, trains, evaluates and writes runs/demo/report.html, in about 15 minutes on 2 cores, less with bfloat16.
 demo: install
 	$(BIN)/fnac demo
 

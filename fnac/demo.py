@@ -48,8 +48,8 @@ class DemoSettings:
     warmup_epochs: int
     batch_size: int
     distance_weight: float
-    image_size: int = 112
-    seconds: float = 1.0
+    image_size: int = 96
+    seconds: float = 0.5
     image_stages: int = 3
     audio_stages: int = 3
 
@@ -61,7 +61,7 @@ def demo(
     val: int = 200,
     test: int = 400,
     single: int = 1500,
-    encoder_epochs: int = 10,
+    encoder_epochs: int = 6,
     epochs: int = 5,
     warmup_epochs: int = 2,
     batch_size: int = 64,
