@@ -48,7 +48,7 @@ def test_report_needs_nothing_else(run):
     sounds = [base64.b64decode(s.partition("base64,")[2]) for s in sources if s.startswith("data:audio/wav")]
     pictures = [base64.b64decode(s.partition("base64,")[2]) for s in sources if s.startswith("data:image/png")]
     assert len(sounds) == len(pictures) - 1 == 5  # each clip once, and the curves
-    assert all(soundfile.info(io.BytesIO(sound)).frames == 16_000 for sound in sounds)
+    assert all(soundfile.info(io.BytesIO(sound)).frames == 8_000 for sound in sounds)
     for picture in pictures:
         Image.open(io.BytesIO(picture)).verify()
     for words in ("NCE alone", "supervised", "oracle", "bicubic"):
