@@ -37,12 +37,7 @@ def arguments() -> argparse.ArgumentParser:
         help="below float32: autocast of float32 features, for everyone",
     )
     parser.add_argument("--matmul-precision", choices=("highest", "high", "medium"), default="highest")
-    parser.add_argument(
-        "--device",
-        type=flags.device,
-        choices=("cpu", "cuda"),
-        default="cuda" if torch.cuda.is_available() else "cpu",
-    )
+    flags.add_device(parser)
     parser.add_argument("--threads", type=flags.count, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=flags.count, default=25, help="samples of each contender, at most")
     parser.add_argument("--seconds", type=float, default=8.0, help="time for the samples of a case")

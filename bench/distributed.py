@@ -121,12 +121,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--cases", nargs="+", choices=[c.name for c in CASES.values() if c.paired],
                         default=["published", "b1024-7x7", "b256-14x14"], metavar="CASE")  # fmt: skip
-    parser.add_argument(
-        "--device",
-        type=flags.device,
-        choices=("cpu", "cuda"),
-        default="cuda" if torch.cuda.is_available() else "cpu",
-    )
+    flags.add_device(parser)
     parser.add_argument("--rounds", type=flags.count, default=9)
     parser.add_argument("--out", type=flags.output, help="write the results here, as JSON")
     options = parser.parse_args()

@@ -29,6 +29,12 @@ def device(text: str) -> str:
     return text
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The flag of the device to measure on, by default CUDA where there is one."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=device, choices=("cpu", "cuda"), default=default)
+
+
 def output(text: str) -> Path:
     """A file that can be written once the results are there."""
     path = Path(text)

@@ -68,12 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.training_step", description=__doc__)
     parser.add_argument("--batch", type=flags.count, default=64)
     parser.add_argument("--size", type=flags.count, default=224, help="image height and width")
-    parser.add_argument(
-        "--device",
-        type=flags.device,
-        choices=("cpu", "cuda"),
-        default="cuda" if torch.cuda.is_available() else "cpu",
-    )
+    flags.add_device(parser)
     parser.add_argument("--rounds", type=flags.count, default=7)
     parser.add_argument("--seconds", type=float, default=900.0)
     parser.add_argument(

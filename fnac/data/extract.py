@@ -39,6 +39,7 @@ from fnac.data.generate import available_cores
 from fnac.data.ids import VIDEO_SUFFIXES, comparable
 from fnac.data.layout import read_ids, some
 from fnac.files import once_whole
+from fnac.results import write_text
 from fnac.threads import one_thread
 
 Moment = float | Literal["middle"]
@@ -153,8 +154,7 @@ def _keep_apart(root: Path, settings: Settings, present: set[str]) -> None:
         raise FileExistsError(
             f"root: {root} holds clips extracted with {', '.join(differ)}; choose another folder or empty this one"
         )
-    with once_whole(path) as partial_file:
-        partial_file.write_text(json.dumps(wanted, indent=2))
+    write_text(path, json.dumps(wanted, indent=2))
 
 
 def _write_missing(path: Path, missing: dict[str, str]) -> None:
@@ -162,8 +162,7 @@ def _write_missing(path: Path, missing: dict[str, str]) -> None:
     if not missing:
         path.unlink(missing_ok=True)
         return
-    with once_whole(path) as partial_file:
-        partial_file.write_text("".join(f"{name}\t{reason}\n" for name, reason in missing.items()), encoding="utf-8")
+    write_text(path, "".join(f"{name}\t{reason}\n" for name, reason in missing.items()))
 
 
 def _run(
