@@ -2,11 +2,13 @@
 // CUDA kernels are its submodule `cuda`; where they were left out, `cuda_left_out` says why.
 #include "bindings.h"
 
+#include <algorithm>
 #include <array>
 #include <optional>
 
 #include "cpu/dispatch.h"
 #include "cpu/kept_memory.h"
+#include "cpu/loss_state.h"
 #include "cpu/parallel.h"
 #include "cpu/peak.h"
 
@@ -44,47 +46,62 @@ void feature_backward(const Image& img, uintptr_t aud, int64_t m, double tau, ui
                                 at<const float>(grad_aud), at<void>(dimg), at<float>(daud), threads});
 }
 
-// inputs: logits, aud, mean, foreground
-Adjacency adjacency_job(const Addresses<4>& inputs, int64_t n, int64_t c, double tau,
-                        const std::array<double, 4>& weights, std::optional<double> threshold,
-                        uintptr_t row_stats, int64_t stats_columns, uintptr_t col_lse, int threads) {
+using Weights = std::array<double, 4>;
+using Threshold = std::optional<double>;
+
+Adjacency adjacency_job(int64_t n, int64_t c, double tau, const Weights& weights, Threshold threshold,
+                        int threads) {
     Adjacency job{};
-    job.logits = at<const float>(inputs[0]);
-    job.aud = at<const float>(inputs[1]);
-    job.avg = at<const float>(inputs[2]);
-    job.foreground = at<const float>(inputs[3]);
     job.n = n;
     job.c = c;
     job.scale = static_cast<float>(1 / tau);
-    for (int t = 0; t < 4; ++t) job.weights[t] = weights[t];
+    std::copy(weights.begin(), weights.end(), job.weights);
     job.masked = threshold.has_value();
     job.threshold = static_cast<float>(threshold.value_or(0));
-    job.row_stats = at<float>(row_stats);
-    job.kept = job.row_stats + n * kRowStats;
-    job.kept_size = n * (stats_columns - kRowStats);
-    job.col_lse = at<float>(col_lse);
     job.threads = threads;
     return job;
 }
 
+// inputs: logits, aud, mean, foreground
+void set_tensors(Adjacency& job, const Addresses<4>& inputs, uintptr_t row_stats, int64_t stats_columns,
+                 uintptr_t col_lse) {
+    job.logits = at<const float>(inputs[0]);
+    job.aud = at<const float>(inputs[1]);
+    job.avg = at<const float>(inputs[2]);
+    job.foreground = at<const float>(inputs[3]);
+    job.row_stats = at<float>(row_stats);
+    job.kept = job.row_stats + job.n * kRowStats;
+    job.kept_size = job.n * (stats_columns - kRowStats);
+    job.col_lse = at<float>(col_lse);
+}
+
+void set_tensors(Adjacency& job, const LossState& state, uintptr_t aud) {
+    job.logits = state.logits;
+    job.aud = at<const float>(aud);
+    job.avg = state.avg;
+    job.foreground = state.foreground;
+    job.row_stats = state.row_stats;
+    job.kept = state.kept;
+    job.kept_size = state.kept_size;
+    job.col_lse = state.col_lse;
+}
+
 // outputs: loss, terms, row_stats, col_lse
-void adjacency(const Addresses<4>& inputs, int64_t n, int64_t c, double tau,
-               const std::array<double, 4>& weights, std::optional<double> threshold,
-               const Addresses<4>& outputs, int64_t stats_columns, int threads) {
-    Adjacency job =
-        adjacency_job(inputs, n, c, tau, weights, threshold, outputs[2], stats_columns, outputs[3], threads);
+void adjacency(const Addresses<4>& inputs, int64_t n, int64_t c, double tau, const Weights& weights,
+               Threshold threshold, const Addresses<4>& outputs, int64_t stats_columns, int threads) {
+    Adjacency job = adjacency_job(n, c, tau, weights, threshold, threads);
+    set_tensors(job, inputs, outputs[2], stats_columns, outputs[3]);
     job.loss = at<float>(outputs[0]);
     job.terms = at<float>(outputs[1]);
     kernels().adjacency(job);
 }
 
 // grads: of the inputs
-void adjacency_backward(const Addresses<4>& inputs, int64_t n, int64_t c, double tau,
-                        const std::array<double, 4>& weights, std::optional<double> threshold,
-                        uintptr_t row_stats, int64_t stats_columns, uintptr_t col_lse, uintptr_t grad_loss,
-                        uintptr_t grad_terms, const Addresses<4>& grads, int threads) {
-    Adjacency job =
-        adjacency_job(inputs, n, c, tau, weights, threshold, row_stats, stats_columns, col_lse, threads);
+void adjacency_backward(const Addresses<4>& inputs, int64_t n, int64_t c, double tau, const Weights& weights,
+                        Threshold threshold, uintptr_t row_stats, int64_t stats_columns, uintptr_t col_lse,
+                        uintptr_t grad_loss, uintptr_t grad_terms, const Addresses<4>& grads, int threads) {
+    Adjacency job = adjacency_job(n, c, tau, weights, threshold, threads);
+    set_tensors(job, inputs, row_stats, stats_columns, col_lse);
     job.grad_loss = at<const float>(grad_loss);
     job.grad_terms = at<const float>(grad_terms);
     job.dlogits = at<float>(grads[0]);
@@ -94,14 +111,68 @@ void adjacency_backward(const Addresses<4>& inputs, int64_t n, int64_t c, double
     kernels().adjacency_backward(job);
 }
 
-void loss(const Image& img, uintptr_t aud, double tau, double threshold, const std::array<double, 4>& weights,
-          std::optional<double> adjacency_threshold, const Addresses<2>& logits, const Addresses<4>& pools,
-          const Addresses<4>& terms, int64_t stats_columns, bool bf16_products, int threads) {
-    const FeatureMap map = feature_map(img);
-    max_logits(img, aud, map.n, tau, logits, bf16_products, threads);
-    pool(img, aud, tau, threshold, pools, threads);
-    adjacency({logits[0], aud, pools[2], pools[3]}, map.n, map.c, tau, weights, adjacency_threshold, terms,
-              stats_columns, threads);
+LossState loss_state(uintptr_t block, int64_t size, const FeatureMap& img, const Weights& weights) {
+    return {at<float>(block), size, img, weights[2] != 0 || weights[3] != 0};
+}
+
+// values: the loss, then its four terms
+void loss(const Image& image, uintptr_t aud, double tau, double threshold, const Weights& weights,
+          Threshold adjacency_threshold, const Addresses<5>& values, uintptr_t maps, uintptr_t block,
+          int64_t block_size, bool bf16_products, int threads) {
+    const FeatureMap img = feature_map(image);
+    const LossState state = loss_state(block, block_size, img, weights);
+    const float* const sounds = at<const float>(aud);
+    const float scale = static_cast<float>(1 / tau);
+    kernels().max_logits({img, sounds, img.n, scale, state.logits, state.argmax, bf16_products, threads});
+    kernels().pool({img, sounds, scale, static_cast<float>(threshold), at<float>(maps), state.mask, state.avg,
+                    state.foreground, threads});
+    Adjacency job = adjacency_job(img.n, img.c, tau, weights, adjacency_threshold, threads);
+    set_tensors(job, state, aud);
+    job.loss = at<float>(values[0]);
+    float terms[4];
+    job.terms = terms;
+    kernels().adjacency(job);
+    for (int t = 0; t < 4; ++t) *at<float>(values[t + 1]) = terms[t];
+}
+
+void loss_backward(uintptr_t grad_loss, uintptr_t grad_terms, uintptr_t grad_maps, const Image& image,
+                   uintptr_t aud, double tau, const Weights& weights, Threshold adjacency_threshold,
+                   uintptr_t block, int64_t block_size, uintptr_t dimg, uintptr_t daud, int threads) {
+    const FeatureMap img = feature_map(image);
+    const LossState state = loss_state(block, block_size, img, weights);
+    FeatureBackward job{};
+    job.img = img;
+    job.aud = at<const float>(aud);
+    job.m = img.n;
+    job.scale = static_cast<float>(1 / tau);
+    job.grad_maps = at<const float>(grad_maps);
+    job.dimg = at<void>(dimg);
+    job.daud = at<float>(daud);
+    job.threads = threads;
+    const bool has_terms = grad_loss != 0 || grad_terms != 0;
+    const int64_t features = img.n * img.c;
+    const Scratch between(has_terms ? sizeof(float) * (3 * features + img.n * img.n) : 0);
+    if (has_terms) {
+        Adjacency terms = adjacency_job(img.n, img.c, tau, weights, adjacency_threshold, threads);
+        set_tensors(terms, state, aud);
+        terms.grad_loss = at<const float>(grad_loss);
+        terms.grad_terms = at<const float>(grad_terms);
+        terms.daud = between.as<float>();
+        terms.davg = terms.daud + features;
+        terms.dforeground = terms.davg + features;
+        terms.dlogits = terms.dforeground + features;
+        kernels().adjacency_backward(terms);
+        job.grad_logits = terms.dlogits;
+        job.argmax = state.argmax;
+        // A gradient that no wanted term reaches is not written.
+        if (weights[1] != 0 || weights[2] != 0) job.grad_aud = terms.daud;
+        if (weights[3] != 0) job.grad_avg = terms.davg;
+        if (weights[2] != 0) {
+            job.grad_foreground = terms.dforeground;
+            job.mask = state.mask;
+        }
+    }
+    kernels().feature_backward(job);
 }
 
 }  // namespace
@@ -128,6 +199,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("adjacency", &adjacency, unlocked);
     m.def("adjacency_backward", &adjacency_backward, unlocked);
     m.def("loss", &loss, unlocked);
+    m.def("loss_backward", &loss_backward, unlocked);
 #ifdef FNAC_CUDA_LEFT_OUT
     m.attr("cuda_left_out") = FNAC_CUDA_LEFT_OUT;
 #else

@@ -141,6 +141,8 @@ def preference(device: str) -> tuple[str, ...]:
     return ("cuda", "triton") if hopper else ("triton", "cuda")
 
 
+# Read once: each look at the environment costs as much as a check of all arguments.
+_FROM_ENVIRONMENT = os.environ.get("FNAC_BACKEND") or None
 _override: str | None = None
 
 
@@ -148,7 +150,8 @@ class use_backend:
     """Make every call use one backend, from here on or for a ``with`` block. ``None`` restores the automatic choice.
 
     Like ``torch.set_grad_enabled`` it takes effect when called; as a context manager it puts the previous choice back.
-    The choice is the process's. ``FNAC_BACKEND`` sets it from outside, the ``backend`` argument goes before both.
+    The choice is the process's. ``FNAC_BACKEND``, read at import, sets it from outside; the ``backend`` argument goes
+    before both.
 
     Raises:
         ValueError: ``name`` is not a backend.
@@ -182,15 +185,11 @@ def requested(backend: str | None) -> str | None:
     if backend is not None:
         check_name(backend, "backend")
         return backend
-    return _override if _override is not None else _from_environment()
-
-
-@constant_when_compiled
-def _from_environment() -> str | None:
-    name = os.environ.get("FNAC_BACKEND") or None
-    if name is not None:
-        check_name(name, "FNAC_BACKEND")
-    return name
+    if _override is not None:
+        return _override
+    if _FROM_ENVIRONMENT is not None:
+        check_name(_FROM_ENVIRONMENT, "FNAC_BACKEND")
+    return _FROM_ENVIRONMENT
 
 
 @constant_when_compiled

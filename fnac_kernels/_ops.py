@@ -36,7 +36,9 @@ _PLAIN = functools.reduce(
 
 
 def _plain(tensors: list[Tensor]) -> bool:
-    """Whether no mode, transform, tracer or tensor subclass would see a call with these tensors."""
+    """Whether no mode, transform, tracer, tangent or tensor subclass would see a call with these tensors."""
+    if torch.compiler.is_dynamo_compiling() or forward_ad._current_level >= 0:
+        return False
     keys = torch._C._dispatch_tls_local_include_set().raw_repr()
     for x in tensors:
         keys |= torch._C._dispatch_keys(x).raw_repr()
@@ -45,7 +47,7 @@ def _plain(tensors: list[Tensor]) -> bool:
 
 def _no_tangents(tensors: list[Tensor]) -> None:
     """An operator in Python that has no derivative in forward mode would drop tangents without a word."""
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError(
             "fnac_kernels' compiled backends have no derivatives in forward mode; use backend='reference' where you "
             "need them"
@@ -93,7 +95,7 @@ def _define(
     *,
     given: int | None = None,
     results: Any = _all,
-    results_backward: Any = None,
+    direct: tuple[Any, Any, Any, Any] | None = None,
 ) -> Any:
     """Define a differentiable operator; returns the function that calls it.
 
@@ -103,7 +105,8 @@ def _define(
     Args:
         given: how many of the arguments may hold tensors of the caller's; those after them hold the forward pass's.
         results: makes of the outputs what the caller gets; outputs for the backward pass alone are not among it.
-        results_backward: ``backward`` from the gradients of the results, where these are not the first outputs.
+        direct: kernel, ``setup_context``, ``results`` and ``backward`` of a call that does not take it, where they are
+            others.
     """
     name = schema.partition("(")[0]
     _lib.define(schema)
@@ -115,23 +118,23 @@ def _define(
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
+    run, *others = direct or (kernel, setup_context, results, backward)
     dispatched = _function(name, below_autograd, setup_context, _all, backward)
-    direct = _function(name, kernel, setup_context, results, results_backward or backward)
     # Of Function.apply the part below Python: what is above it serves transforms, which see no plain call.
-    record = super(torch.autograd.Function, direct).apply
+    record = super(torch.autograd.Function, _function(name, run, *others)).apply
+    direct_results = others[1]
 
     def autograd(*args: Any) -> Any:
         tensors = [x for x in args if isinstance(x, Tensor)]
+        _no_tangents(tensors)
         return dispatched.apply(*args) if _recorded(tensors) else below_autograd(*args)
 
     _lib.impl(name, autograd, "Autograd")
 
     def call(*args: Any) -> Any:
-        if not torch.compiler.is_dynamo_compiling():
-            tensors = [x for x in args[:given] if isinstance(x, Tensor)]
-            _no_tangents(tensors)
-            if _plain(tensors):
-                return record(*args) if _recorded(tensors) else results(*kernel(*args))
+        tensors = [x for x in args[:given] if isinstance(x, Tensor)]
+        if _plain(tensors):
+            return record(*args) if _recorded(tensors) else direct_results(*run(*args))
         return results(*op(*args))
 
     return call
@@ -562,14 +565,11 @@ def _fnac_loss(
     adjacency_threshold: float | None,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    primitives = _primitives(backend)
-    img, aud, pooled, weights = _dense(img, backend), aud.contiguous(), _needs_pooled(weights), tuple(weights)
-    if hasattr(primitives, "loss"):
-        return primitives.loss(img, aud, tau, threshold, pooled, weights, adjacency_threshold)
+    primitives, img, aud = _primitives(backend), _dense(img, backend), aud.contiguous()
     logits, argmax = primitives.max_logits(img, aud, tau)
-    maps, mask, img_avg, foreground = primitives.pool_pairs(img, aud, tau, threshold, pooled)
+    maps, mask, img_avg, foreground = primitives.pool_pairs(img, aud, tau, threshold, _needs_pooled(weights))
     loss, terms, row_stats, col_lse = primitives.adjacency(
-        logits, aud, img_avg, foreground, tau, weights, adjacency_threshold
+        logits, aud, img_avg, foreground, tau, tuple(weights), adjacency_threshold
     )
     return loss, terms, maps, logits, argmax, mask, img_avg, foreground, row_stats, col_lse
 
@@ -614,17 +614,6 @@ def _fnac_loss_backward(
         ctx.backend,
     )
     return dimg if need_img else None, daud if need_aud else None, None, None, None, None, None
-
-
-def _fnac_loss_results(loss: Tensor, terms: Tensor, maps: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-    return loss, *scalars(terms), maps
-
-
-def _fnac_loss_results_backward(ctx: Any, grad_loss: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    *of_terms, grad_maps = grads
-    given = [x for x in of_terms if x is not None]
-    grad_terms = torch.stack([torch.zeros_like(given[0]) if x is None else x for x in of_terms]) if given else None
-    return _fnac_loss_backward(ctx, grad_loss, grad_terms, grad_maps)
 
 
 def _fnac_loss_backward_op(
@@ -684,6 +673,73 @@ def _fnac_loss_backward_fake(grad_loss, grad_terms, grad_maps, img, aud, *args):
     return _like_features(img, aud, *args[-3:])
 
 
+def _direct_loss(
+    img: Tensor,
+    aud: Tensor,
+    tau: float,
+    threshold: float,
+    weights: Sequence[float],
+    adjacency_threshold: float | None,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """The loss, its terms one by one, the maps, and then what the backward pass reads, in the backend's own form."""
+    primitives = _primitives(backend)
+    if hasattr(primitives, "loss"):
+        return primitives.loss(_dense(img, backend), aud.contiguous(), tau, threshold, weights, adjacency_threshold)
+    loss, terms, maps, *state = _fnac_loss(img, aud, tau, threshold, weights, adjacency_threshold, backend)
+    return loss, *scalars(terms), maps, *state
+
+
+def _direct_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    img, aud, *ctx.settings = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(img, aud, *output[6:])
+
+
+def _direct_loss_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_loss, *of_terms, grad_maps = grads
+    given = [x for x in of_terms if x is not None]
+    grad_terms = torch.stack([torch.zeros_like(given[0]) if x is None else x for x in of_terms]) if given else None
+    need_img, need_aud = ctx.needs_input_grad[:2]
+    img, aud, *state = ctx.saved_tensors
+    tau, _, weights, adjacency_threshold, backend = ctx.settings
+    primitives = _primitives(backend)
+    if hasattr(primitives, "loss"):
+        if _plain([img, aud, *[x for x in grads if x is not None]]) and not torch.is_grad_enabled():
+            dimg, daud = primitives.loss_backward(
+                grad_loss,
+                grad_terms,
+                None if grad_maps is None else grad_maps.contiguous(),
+                _dense(img, backend),
+                aud.contiguous(),
+                *state,
+                tau,
+                weights,
+                adjacency_threshold,
+                need_img,
+                need_aud,
+            )
+            return dimg, daud, None, None, None, None, None
+        # Whoever records or traces this gets it from the operators, which know nothing of such a state.
+        with torch.no_grad():
+            _, _, _, *state = torch.ops.fnac_kernels.fnac_loss(img, aud, *ctx.settings)
+    dimg, daud = fnac_loss_backward(
+        grad_loss,
+        grad_terms,
+        grad_maps,
+        img,
+        aud,
+        *state,
+        tau,
+        weights,
+        adjacency_threshold,
+        need_img,
+        need_aud,
+        backend,
+    )
+    return dimg if need_img else None, daud if need_aud else None, None, None, None, None, None
+
+
 fnac_loss = _define(
     "fnac_loss(Tensor img, Tensor aud, float tau, float threshold, float[] weights, float? adjacency_threshold, "
     "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -692,8 +748,8 @@ fnac_loss = _define(
     _fnac_loss_backward,
     _fnac_loss_setup,
     given=2,
-    results=_fnac_loss_results,
-    results_backward=_fnac_loss_results_backward,
+    results=lambda loss, terms, maps, *_: (loss, *scalars(terms), maps),
+    direct=(_direct_loss, _direct_loss_setup, lambda *outputs: outputs[:6], _direct_loss_backward),
 )
 fnac_loss_backward = _define(
     "fnac_loss_backward(Tensor? grad_loss, Tensor? grad_terms, Tensor? grad_maps, Tensor img, Tensor aud, "

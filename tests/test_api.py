@@ -145,7 +145,7 @@ def test_an_order_is_never_replaced_by_another_backend(monkeypatch):
         fk.fnac_loss(IMG, AUD, backend="cpu")
     with pytest.raises(RuntimeError, match="left out"):
         fk.use_backend("cpu")
-    monkeypatch.setenv("FNAC_BACKEND", "cpu")
+    monkeypatch.setattr(_dispatch, "_FROM_ENVIRONMENT", "cpu")
     with pytest.raises(RuntimeError, match="left out"):
         fk.fnac_loss(IMG, AUD)
 
@@ -153,7 +153,7 @@ def test_an_order_is_never_replaced_by_another_backend(monkeypatch):
 def test_the_automatic_choice_falls_back_with_one_warning(monkeypatch):
     broken = _dispatch.Backend("cpu", "fnac_kernels.backends.cpu", "cpu", lambda: "it was left out")
     monkeypatch.setitem(_dispatch.BACKENDS, "cpu", broken)
-    monkeypatch.delenv("FNAC_BACKEND", raising=False)
+    monkeypatch.setattr(_dispatch, "_FROM_ENVIRONMENT", None)
     _dispatch._warn_reference.cache_clear()
     with pytest.warns(UserWarning, match="plain PyTorch on cpu tensors: .*cpu: it was left out") as caught:
         first, _ = [fk.max_logits(IMG, AUD) for _ in range(2)]
@@ -194,7 +194,7 @@ def test_meta_tensors_have_shapes_gradients_and_no_autocast():
 
 def test_argument_before_block_before_environment(monkeypatch):
     used = spy(monkeypatch)
-    monkeypatch.setenv("FNAC_BACKEND", "reference")
+    monkeypatch.setattr(_dispatch, "_FROM_ENVIRONMENT", "reference")
     fk.max_logits(IMG, AUD)
     with fk.use_backend("cpu"):
         fk.max_logits(IMG, AUD)
@@ -203,7 +203,7 @@ def test_argument_before_block_before_environment(monkeypatch):
             fk.max_logits(IMG, AUD, backend="cpu")
         fk.max_logits(IMG, AUD)
     fk.max_logits(IMG, AUD)
-    monkeypatch.setenv("FNAC_BACKEND", "tpu")
+    monkeypatch.setattr(_dispatch, "_FROM_ENVIRONMENT", "tpu")
     with pytest.raises(ValueError, match="FNAC_BACKEND is 'tpu'"):
         fk.max_logits(IMG, AUD)
     assert used == ["reference", "cpu", "reference", "cpu", "cpu", "reference"]
@@ -211,7 +211,7 @@ def test_argument_before_block_before_environment(monkeypatch):
 
 def test_float64_runs_on_the_reference(monkeypatch):
     used = spy(monkeypatch)
-    monkeypatch.delenv("FNAC_BACKEND", raising=False)
+    monkeypatch.setattr(_dispatch, "_FROM_ENVIRONMENT", None)
     out = fk.fnac_loss(IMG.double(), AUD.double())
     assert out.loss.dtype == torch.float64
     assert used == ["reference"]

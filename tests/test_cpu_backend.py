@@ -135,6 +135,18 @@ def test_there_is_room_for_what_the_forward_pass_keeps_up_to_a_batch_where_it_wo
     assert (rows_of_a_strip > 0) == (n <= 2048)
 
 
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0, 1.0), (1.0, 0.0, 0.0, 1.0), (1.0, 1.0, 0.0, 0.0)], ids=str)
+@pytest.mark.parametrize(("n", "cells"), [(1, 1), (3, 7), (31, 49), (33, 1), (257, 5), (2048, 1)])
+def test_the_state_of_the_loss_has_room_for_it_too(n, cells, weights):
+    backend = _dispatch.BACKENDS["cpu"].load()
+    *_, state = backend.loss(torch.zeros(n, 3, 1, cells), torch.zeros(n, 3), 0.1, 0.6, weights, None)
+    pieces = [4 * n * n, 2 * n * n, 4 * n, 4 * 16 * n]  # bytes of logits, argmax, col_lse, row_stats
+    if weights[2] or weights[3]:
+        pieces += [n * cells, 4 * 3 * n, 4 * 3 * n]  # mask, mean, foreground
+    rows_of_a_strip = state[sum(-(-piece // 64) * 16 for piece in pieces)]
+    assert rows_of_a_strip > 0
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_the_environment_pins_the_instruction_set(isa):
     done = run_pinned(isa, "-c", "import fnac_kernels as fk; print(fk.info()['cpu']['instruction_set'])")

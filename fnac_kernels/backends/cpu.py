@@ -15,6 +15,7 @@ _MOST_KEPT = 2048
 #: Bytes from which a gradient of the image features lies in memory that is kept for the next: a smaller one would waste
 #: most of a huge page.
 _KEPT_FROM = 1 << 20
+_SCALAR = torch.empty(())
 
 
 def row_stats_columns(n: int, weights: Sequence[float], adjacency_threshold: float | None) -> int:
@@ -191,20 +192,27 @@ def adjacency_backward(
     return tuple(grads)  # type: ignore[return-value]
 
 
+def _state_floats(n: int, c: int, cells: int, weights: Sequence[float], adjacency_threshold: float | None) -> int:
+    """Room for what the kernels' ``LossState`` holds, with 7 pieces to be rounded up to 16 floats."""
+    pooled = weights[2] or weights[3]
+    pools = (2 * n * c + n * cells // 4) if pooled else 0
+    return 3 * n * n // 2 + pools + n * (1 + row_stats_columns(n, weights, adjacency_threshold)) + 7 * 16
+
+
 def loss(
     img: Tensor,
     aud: Tensor,
     tau: float,
     threshold: float,
-    pooled: bool,
     weights: tuple[float, ...],
     adjacency_threshold: float | None,
 ) -> tuple[Tensor, ...]:
     """``max_logits``, ``pool_pairs`` and ``adjacency`` in one call: Python between kernels starts from cold caches."""
-    logits, argmax = _empty_logits(img, aud)
-    maps, mask, img_avg, foreground = _empty_pools(img, pooled)
-    value, terms, row_stats, col_lse = _empty_terms(aud, weights, adjacency_threshold)
-    wide = aud.float()
+    n, c, h, w = img.shape
+    floats = _state_floats(n, c, h * w, weights, adjacency_threshold)
+    maps, state, wide = _floats(img, n, h, w), _floats(img, floats), aud.float()
+    # Views of one tensor would have to be made, and made independent of each other.
+    values = [torch.empty_like(_SCALAR) for _ in range(5)]
     _kernels.loss(
         _native.image(img),
         wide.data_ptr(),
@@ -212,11 +220,44 @@ def loss(
         threshold,
         weights,
         adjacency_threshold,
-        _native.addresses(logits, argmax),
-        _native.addresses(maps, mask, img_avg, foreground),
-        _native.addresses(value, terms, row_stats, col_lse),
-        row_stats.shape[1],
+        _native.addresses(*values),
+        maps.data_ptr(),
+        state.data_ptr(),
+        floats,
         _bfloat16_products(img, aud),
         torch.get_num_threads(),
     )
-    return value, terms, maps, logits, argmax, mask, img_avg, foreground, row_stats, col_lse
+    return *values, maps, state
+
+
+def loss_backward(
+    grad_loss: Tensor | None,
+    grad_terms: Tensor | None,
+    grad_maps: Tensor | None,
+    img: Tensor,
+    aud: Tensor,
+    state: Tensor,
+    tau: float,
+    weights: tuple[float, ...],
+    adjacency_threshold: float | None,
+    need_img: bool,
+    need_aud: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """``adjacency_backward`` and ``feature_backward`` in one call; what is between them is the kernels' scratch."""
+    dimg, wide = _gradient_of(img) if need_img else None, aud.float()
+    daud = torch.empty_like(wide) if need_aud else None
+    _kernels.loss_backward(
+        *_native.addresses(grad_loss, grad_terms, grad_maps),
+        _native.image(img),
+        wide.data_ptr(),
+        tau,
+        weights,
+        adjacency_threshold,
+        state.data_ptr(),
+        len(state),
+        *_native.addresses(dimg, daud),
+        torch.get_num_threads(),
+    )
+    if daud is not None and aud.dtype != torch.float32:
+        daud = daud.to(aud.dtype)
+    return dimg, daud
