@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <memory>
 #include <optional>
 
 #include "cpu/dispatch.h"
@@ -135,9 +136,14 @@ void loss(const Image& image, uintptr_t aud, double tau, double threshold, const
     for (int t = 0; t < 4; ++t) *at<float>(values[t + 1]) = terms[t];
 }
 
-void loss_backward(uintptr_t grad_loss, uintptr_t grad_terms, uintptr_t grad_maps, const Image& image,
-                   uintptr_t aud, double tau, const Weights& weights, Threshold adjacency_threshold,
-                   uintptr_t block, int64_t block_size, uintptr_t dimg, uintptr_t daud, int threads) {
+// scratch: of n x n + 3 x n x c floats. dimg, which may be null, is where the gradient of the features goes,
+// or with `kept_bytes` it goes to memory that is returned: taken only now, the scratch of the terms lies
+// there before.
+std::unique_ptr<KeptMemory> loss_backward(uintptr_t grad_loss, uintptr_t grad_terms, uintptr_t grad_maps,
+                                          const Image& image, uintptr_t aud, double tau,
+                                          const Weights& weights, Threshold adjacency_threshold,
+                                          uintptr_t block, int64_t block_size, uintptr_t scratch,
+                                          uintptr_t dimg, size_t kept_bytes, uintptr_t daud, int threads) {
     const FeatureMap img = feature_map(image);
     const LossState state = loss_state(block, block_size, img, weights);
     FeatureBackward job{};
@@ -146,18 +152,15 @@ void loss_backward(uintptr_t grad_loss, uintptr_t grad_terms, uintptr_t grad_map
     job.m = img.n;
     job.scale = static_cast<float>(1 / tau);
     job.grad_maps = at<const float>(grad_maps);
-    job.dimg = at<void>(dimg);
     job.daud = at<float>(daud);
     job.threads = threads;
-    const bool has_terms = grad_loss != 0 || grad_terms != 0;
-    const int64_t features = img.n * img.c;
-    const Scratch between(has_terms ? sizeof(float) * (3 * features + img.n * img.n) : 0);
-    if (has_terms) {
+    if (grad_loss != 0 || grad_terms != 0) {
+        const int64_t features = img.n * img.c;
         Adjacency terms = adjacency_job(img.n, img.c, tau, weights, adjacency_threshold, threads);
         set_tensors(terms, state, aud);
         terms.grad_loss = at<const float>(grad_loss);
         terms.grad_terms = at<const float>(grad_terms);
-        terms.daud = between.as<float>();
+        terms.daud = at<float>(scratch);
         terms.davg = terms.daud + features;
         terms.dforeground = terms.davg + features;
         terms.dlogits = terms.dforeground + features;
@@ -172,7 +175,10 @@ void loss_backward(uintptr_t grad_loss, uintptr_t grad_terms, uintptr_t grad_map
             job.mask = state.mask;
         }
     }
+    auto kept = kept_bytes == 0 ? nullptr : std::make_unique<KeptMemory>(kept_bytes);
+    job.dimg = kept == nullptr ? at<void>(dimg) : kept->data();
     kernels().feature_backward(job);
+    return kept;
 }
 
 }  // namespace

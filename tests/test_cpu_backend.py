@@ -289,6 +289,26 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     assert int(done.stdout) < gradient + similarities / 2
 
 
+@pytest.mark.skipif("ASAN_OPTIONS" in os.environ, reason="AddressSanitizer holds what is freed")
+def test_a_step_needs_little_more_than_its_gradient():
+    code = """
+import re, torch, fnac_kernels as fk
+def megabytes(field):
+    return int(re.search(field + r":\\s*(\\d+)", open("/proc/self/status").read())[1]) * 1024 / 1e6
+img, aud = torch.randn(1024, 512, 7, 7).requires_grad_(), torch.randn(1024, 512).requires_grad_()
+fk.fnac_loss(img[:8], aud[:8], backend="cpu").loss.backward()
+img.grad = aud.grad = None
+before = megabytes("VmRSS")
+for _ in range(3):
+    fk.fnac_loss(img, aud, backend="cpu").loss.backward()
+    img.grad = aud.grad = None
+print(megabytes("VmHWM") - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    gradient = 1024 * 512 * 49 * 4 / 1e6
+    assert gradient < float(done.stdout) < gradient + 50
+
+
 def test_autocast_rounds_the_products_of_float32_maps_and_copies_nothing():
     img, aud = (x.requires_grad_() for x in features())
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +13,8 @@ from fnac_kernels import _native
 _kernels = _native.module()  # this is imported where it is usable alone
 _ROW_STATS = 16
 _MOST_KEPT = 2048
-#: Bytes from which a gradient of the image features lies in memory that is kept for the next: a smaller one would waste
-#: most of a huge page.
+#: Bytes from which a gradient of the image features, or the loss's state, lies in memory that is kept for the next: a
+#: smaller one would waste most of a huge page.
 _KEPT_FROM = 1 << 20
 _SCALAR = torch.empty(())
 
@@ -36,12 +37,21 @@ def _floats(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(*shape, dtype=torch.float32)  # sizes one by one are read faster than a tuple of them
 
 
+def _kept_floats(like: Tensor, size: int) -> Tensor:
+    """Room for floats: the last one's, where nobody holds that any more."""
+    if 4 * size < _KEPT_FROM:
+        return _floats(like, size)
+    return torch.frombuffer(_kernels.KeptMemory(4 * size), dtype=torch.float32)
+
+
+def _lying_in(memory: Any, img: Tensor) -> Tensor:
+    """A tensor like dense ``img`` in kept memory."""
+    return torch.frombuffer(memory, dtype=img.dtype).as_strided(img.shape, img.stride())
+
+
 def _gradient_of(img: Tensor) -> Tensor:
-    """Room for a gradient of dense ``img``: the last one's, where nobody holds that any more."""
-    if img.nbytes < _KEPT_FROM:
-        return torch.empty_like(img)
-    memory = torch.frombuffer(_kernels.KeptMemory(img.nbytes), dtype=img.dtype)
-    return memory.as_strided(img.shape, img.stride())
+    """Room for a gradient of dense ``img``, as :func:`_kept_floats`."""
+    return torch.empty_like(img) if img.nbytes < _KEPT_FROM else _lying_in(_kernels.KeptMemory(img.nbytes), img)
 
 
 def _bfloat16_products(img: Tensor, aud: Tensor) -> bool:
@@ -210,7 +220,7 @@ def loss(
     """``max_logits``, ``pool_pairs`` and ``adjacency`` in one call: Python between kernels starts from cold caches."""
     n, c, h, w = img.shape
     floats = _state_floats(n, c, h * w, weights, adjacency_threshold)
-    maps, state, wide = _floats(img, n, h, w), _floats(img, floats), aud.float()
+    maps, state, wide = _floats(img, n, h, w), _kept_floats(img, floats), aud.float()
     # Views of one tensor would have to be made, and made independent of each other.
     values = [torch.empty_like(_SCALAR) for _ in range(5)]
     _kernels.loss(
@@ -243,10 +253,12 @@ def loss_backward(
     need_img: bool,
     need_aud: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``adjacency_backward`` and ``feature_backward`` in one call; what is between them is the kernels' scratch."""
-    dimg, wide = _gradient_of(img) if need_img else None, aud.float()
-    daud = torch.empty_like(wide) if need_aud else None
-    _kernels.loss_backward(
+    """``adjacency_backward`` and ``feature_backward`` in one call."""
+    n, c = aud.shape
+    keeps = need_img and img.nbytes >= _KEPT_FROM
+    dimg, wide = torch.empty_like(img) if need_img and not keeps else None, aud.float()
+    daud, scratch = torch.empty_like(wide) if need_aud else None, _floats(img, n * n + 3 * n * c)
+    memory = _kernels.loss_backward(
         *_native.addresses(grad_loss, grad_terms, grad_maps),
         _native.image(img),
         wide.data_ptr(),
@@ -255,9 +267,14 @@ def loss_backward(
         adjacency_threshold,
         state.data_ptr(),
         len(state),
-        *_native.addresses(dimg, daud),
+        scratch.data_ptr(),
+        _native.address(dimg),
+        img.nbytes if keeps else 0,
+        _native.address(daud),
         torch.get_num_threads(),
     )
+    if keeps:
+        dimg = _lying_in(memory, img)
     if daud is not None and aud.dtype != torch.float32:
         daud = daud.to(aud.dtype)
     return dimg, daud
