@@ -12,6 +12,7 @@
 #include "cpu/loss_state.h"
 #include "cpu/parallel.h"
 #include "cpu/peak.h"
+#include "kept_tensor.h"
 
 namespace py = pybind11;
 
@@ -136,14 +137,18 @@ void loss(const Image& image, uintptr_t aud, double tau, double threshold, const
     for (int t = 0; t < 4; ++t) *at<float>(values[t + 1]) = terms[t];
 }
 
-// scratch: of n x n + 3 x n x c floats. dimg, which may be null, is where the gradient of the features goes,
-// or with `kept_bytes` it goes to memory that is returned: taken only now, the scratch of the terms lies
-// there before.
-std::unique_ptr<KeptMemory> loss_backward(uintptr_t grad_loss, uintptr_t grad_terms, uintptr_t grad_maps,
-                                          const Image& image, uintptr_t aud, double tau,
-                                          const Weights& weights, Threshold adjacency_threshold,
-                                          uintptr_t block, int64_t block_size, uintptr_t scratch,
-                                          uintptr_t dimg, size_t kept_bytes, uintptr_t daud, int threads) {
+py::object kept(Layout layout, int dtype) {
+    return KeptTensor::capsule(std::make_unique<KeptTensor>(std::move(layout), static_cast<Dtype>(dtype)));
+}
+
+// scratch: of n x n + 3 x n x c floats. The gradient of the features goes to dimg, which may be null, or
+// given a layout to kept memory, whose capsule is returned: it is taken only when the scratch of the terms,
+// which lies there before, is done with.
+py::object loss_backward(uintptr_t grad_loss, uintptr_t grad_terms, uintptr_t grad_maps, const Image& image,
+                         uintptr_t aud, double tau, const Weights& weights, Threshold adjacency_threshold,
+                         uintptr_t block, int64_t block_size, uintptr_t scratch, uintptr_t dimg,
+                         std::optional<Layout> layout, uintptr_t daud, int threads) {
+    py::gil_scoped_release unlocked;
     const FeatureMap img = feature_map(image);
     const LossState state = loss_state(block, block_size, img, weights);
     FeatureBackward job{};
@@ -175,10 +180,11 @@ std::unique_ptr<KeptMemory> loss_backward(uintptr_t grad_loss, uintptr_t grad_te
             job.mask = state.mask;
         }
     }
-    auto kept = kept_bytes == 0 ? nullptr : std::make_unique<KeptMemory>(kept_bytes);
-    job.dimg = kept == nullptr ? at<void>(dimg) : kept->data();
+    auto gradient = layout ? std::make_unique<KeptTensor>(*std::move(layout), img.dtype) : nullptr;
+    job.dimg = gradient == nullptr ? at<void>(dimg) : gradient->data();
     kernels().feature_backward(job);
-    return kept;
+    py::gil_scoped_acquire locked;
+    return gradient == nullptr ? py::none() : KeptTensor::capsule(std::move(gradient));
 }
 
 }  // namespace
@@ -192,20 +198,15 @@ PYBIND11_MODULE(_C, m) {
     m.def("isas", &available_isas);
     m.def("peak_fma", &peak_fma, unlocked);
     m.def("peak_amx", &peak_amx, unlocked);
-    py::class_<KeptMemory>(m, "KeptMemory", py::buffer_protocol())
-        .def(py::init<size_t>())
-        .def_buffer([](KeptMemory& memory) {
-            return py::buffer_info(static_cast<uint8_t*>(memory.data()),
-                                   static_cast<py::ssize_t>(memory.size()));
-        })
-        .def_static("release", &KeptMemory::release);
+    m.def("kept", &kept);
+    m.def("release_kept", &KeptMemory::release);
     m.def("max_logits", &max_logits, unlocked);
     m.def("pool", &pool, unlocked);
     m.def("feature_backward", &feature_backward, unlocked);
     m.def("adjacency", &adjacency, unlocked);
     m.def("adjacency_backward", &adjacency_backward, unlocked);
     m.def("loss", &loss, unlocked);
-    m.def("loss_backward", &loss_backward, unlocked);
+    m.def("loss_backward", &loss_backward);
 #ifdef FNAC_CUDA_LEFT_OUT
     m.attr("cuda_left_out") = FNAC_CUDA_LEFT_OUT;
 #else

@@ -17,7 +17,7 @@ from torch import Tensor
 CUDA_EMULATION = "FNAC_CUDA_EMULATION"
 #: Of a process that is a fork of this one, torch's OpenMP threads have not come along.
 _IMPORTED_BY = os.getpid()
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 @functools.cache
@@ -103,7 +103,7 @@ def empty_cache() -> None:
     """
     loaded, _ = _load()
     if loaded is not None:
-        loaded.KeptMemory.release()
+        loaded.release_kept()
 
 
 def cuda_features() -> dict[str, Any]:
@@ -131,13 +131,13 @@ def image_strides(img: Tensor) -> tuple[int, int]:
 def image(img: Tensor) -> tuple[int, int, int, int, int, int, int]:
     """What the kernels learn of a dense feature map: address, dtype, n, c, cells, strides over channels and cells."""
     n, c, h, w = img.shape
-    return (img.data_ptr(), _DTYPES[img.dtype], n, c, h * w, *image_strides(img))
+    return (img.data_ptr(), DTYPES[img.dtype], n, c, h * w, *image_strides(img))
 
 
 def vectors(x: Tensor) -> tuple[int, int, int, int, int, int, int]:
     """:func:`image` of contiguous vectors ``(N, C)``: maps of one cell."""
     n, c = x.shape
-    return (x.data_ptr(), _DTYPES[x.dtype], n, c, 1, 1, c)
+    return (x.data_ptr(), DTYPES[x.dtype], n, c, 1, 1, c)
 
 
 def address(x: Tensor | None) -> int:

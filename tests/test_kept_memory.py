@@ -12,6 +12,7 @@ import pytest
 import torch
 from forks import holds_in_a_forked_child
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 import fnac_kernels as fk
 from fnac_kernels import _dispatch, _native
@@ -39,9 +40,9 @@ def gradient(img: Tensor, aud: Tensor) -> Tensor:
     return torch.autograd.grad(fk.max_logits(img, aud, backend="cpu").sum(), img)[0]
 
 
-def address_of(block) -> int:
-    """Where a block of kept memory lies."""
-    return torch.frombuffer(block, dtype=torch.uint8).data_ptr()
+def kept(size: int) -> Tensor:
+    """A block of kept memory."""
+    return from_dlpack(_native.module().kept(((size // 4,), (1,)), 0))
 
 
 def megabytes(field: str) -> float:
@@ -117,24 +118,23 @@ def test_empty_cache_gives_back_what_nobody_holds():
 
 
 def test_a_gradient_of_another_size_takes_what_is_a_little_larger_and_otherwise_frees_it_first():
-    memory = _native.module().KeptMemory
     before = megabytes("VmSize")
 
     def grown() -> float:
         return megabytes("VmSize") - before
 
-    block = memory(100 * MIB)
-    first = address_of(block)
+    block = kept(100 * MIB)
+    first = block.data_ptr()
     del block
-    block = memory(90 * MIB)
-    assert address_of(block) == first
-    assert memoryview(block).nbytes == 90 * MIB
+    block = kept(90 * MIB)
+    assert block.data_ptr() == first
+    assert block.nbytes == 90 * MIB
     del block
-    block = memory(100 * MIB)
-    assert address_of(block) == first
+    block = kept(100 * MIB)
+    assert block.data_ptr() == first
     del block
     for size in (60, 110):  # wastes too much; does not fit
-        other = memory(size * MIB)
+        other = kept(size * MIB)
         assert size <= grown() < size + 4
         del other
         assert size <= grown() < size + 4
@@ -143,19 +143,16 @@ def test_a_gradient_of_another_size_takes_what_is_a_little_larger_and_otherwise_
 
 
 def test_a_small_gradient_has_its_own_block_again_and_frees_no_large_one():
-    memory = _native.module().KeptMemory
-
-    large = memory(60 * MIB)
-    where = {60: address_of(large)}
+    large = kept(60 * MIB)
+    where = {60: large.data_ptr()}
     del large
     for size in (3, 5, 3, 5, 60):  # each rounded up to whole huge pages, by more than a quarter of itself
-        block = memory(size * MIB)
-        assert where.setdefault(size, address_of(block)) == address_of(block)
+        block = kept(size * MIB)
+        assert where.setdefault(size, block.data_ptr()) == block.data_ptr()
         del block
 
 
 def test_large_scratch_borrows_any_block_that_is_large_enough_and_leaves_it_as_it_was(monkeypatch):
-    memory = _native.module().KeptMemory
     # Without room for them in the results:
     monkeypatch.setattr(_dispatch.BACKENDS["cpu"].load(), "row_stats_columns", lambda *_: 16)
     n = 1200  # half of three matrices of n x n in float32: 9 MB
@@ -165,34 +162,42 @@ def test_large_scratch_borrows_any_block_that_is_large_enough_and_leaves_it_as_i
     before = megabytes("VmSize")
     fk.adjacency_contrastive(*inputs, backend="cpu")
     assert 8 < megabytes("VmSize") - before < 12, "kept for the next"
-    block = memory(64 * MIB)
-    address = address_of(block)
+    block = kept(64 * MIB)
+    address = block.data_ptr()
     assert 64 <= megabytes("VmSize") - before < 68, "a larger result frees it"
     del block
     fk.adjacency_contrastive(*inputs, backend="cpu")
     assert 64 <= megabytes("VmSize") - before < 68
-    assert address_of(memory(64 * MIB)) == address
+    assert kept(64 * MIB).data_ptr() == address
 
 
 def test_no_more_is_kept_than_512_mib_and_8_blocks():
-    memory = _native.module().KeptMemory
     before = megabytes("VmSize")
-    many = [memory(10 * MIB) for _ in range(20)]
+    many = [kept(10 * MIB) for _ in range(20)]
     del many
     assert 80 <= megabytes("VmSize") - before < 84
     fk.empty_cache()
-    large = [memory(300 * MIB) for _ in range(2)]
+    large = [kept(300 * MIB) for _ in range(2)]
     del large
     assert 300 <= megabytes("VmSize") - before < 304
     fk.empty_cache()
-    huge = memory(513 * MIB)
+    huge = kept(513 * MIB)
     del huge
     assert megabytes("VmSize") - before < 4
 
 
+def test_a_block_that_nobody_makes_a_tensor_of_is_kept_for_the_next():
+    capsule = _native.module().kept(((2, 3 * MIB), (3 * MIB, 1)), 1)
+    before = megabytes("VmSize")
+    del capsule
+    block = from_dlpack(_native.module().kept(((2, 3 * MIB), (1, 2)), 2))
+    assert abs(megabytes("VmSize") - before) < 4
+    assert (block.dtype, block.shape, block.stride()) == (torch.float16, (2, 3 * MIB), (1, 2))
+
+
 def test_what_cannot_be_had_is_a_memory_error():
     with pytest.raises(MemoryError):
-        _native.module().KeptMemory(1 << 60)
+        kept(1 << 60)
 
 
 def test_several_threads_share_what_is_kept():
@@ -212,8 +217,8 @@ def test_a_forked_child_gives_its_copy_up_and_the_parent_keeps_its_own():
 
     def gives_up() -> bool:
         given_up = before - megabytes("VmSize")
-        again = _native.module().KeptMemory(64 * MIB)  # autograd itself does not survive a fork
-        return given_up > 60 and memoryview(again).nbytes == 64 * MIB
+        again = kept(64 * MIB)  # autograd itself does not survive a fork
+        return given_up > 60 and again.nbytes == 64 * MIB
 
     assert holds_in_a_forked_child(gives_up)
     assert gradient(img, aud).data_ptr() == address

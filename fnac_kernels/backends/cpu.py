@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from fnac_kernels import _native
 
@@ -41,17 +41,14 @@ def _kept_floats(like: Tensor, size: int) -> Tensor:
     """Room for floats: the last one's, where nobody holds that any more."""
     if 4 * size < _KEPT_FROM:
         return _floats(like, size)
-    return torch.frombuffer(_kernels.KeptMemory(4 * size), dtype=torch.float32)
-
-
-def _lying_in(memory: Any, img: Tensor) -> Tensor:
-    """A tensor like dense ``img`` in kept memory."""
-    return torch.frombuffer(memory, dtype=img.dtype).as_strided(img.shape, img.stride())
+    return from_dlpack(_kernels.kept(((size,), (1,)), 0))
 
 
 def _gradient_of(img: Tensor) -> Tensor:
     """Room for a gradient of dense ``img``, as :func:`_kept_floats`."""
-    return torch.empty_like(img) if img.nbytes < _KEPT_FROM else _lying_in(_kernels.KeptMemory(img.nbytes), img)
+    if img.nbytes < _KEPT_FROM:
+        return torch.empty_like(img)
+    return from_dlpack(_kernels.kept((img.shape, img.stride()), _native.DTYPES[img.dtype]))
 
 
 def _bfloat16_products(img: Tensor, aud: Tensor) -> bool:
@@ -257,8 +254,8 @@ def loss_backward(
     n, c = aud.shape
     keeps = need_img and img.nbytes >= _KEPT_FROM
     dimg, wide = torch.empty_like(img) if need_img and not keeps else None, aud.float()
-    daud, scratch = torch.empty_like(wide) if need_aud else None, _floats(img, n * n + 3 * n * c)
-    memory = _kernels.loss_backward(
+    daud, scratch = torch.empty_like(wide) if need_aud else None, _kept_floats(img, n * n + 3 * n * c)
+    capsule = _kernels.loss_backward(
         *_native.addresses(grad_loss, grad_terms, grad_maps),
         _native.image(img),
         wide.data_ptr(),
@@ -269,12 +266,12 @@ def loss_backward(
         len(state),
         scratch.data_ptr(),
         _native.address(dimg),
-        img.nbytes if keeps else 0,
+        (img.shape, img.stride()) if keeps else None,
         _native.address(daud),
         torch.get_num_threads(),
     )
     if keeps:
-        dimg = _lying_in(memory, img)
+        dimg = from_dlpack(capsule)
     if daud is not None and aud.dtype != torch.float32:
         daud = daud.to(aud.dtype)
     return dimg, daud
