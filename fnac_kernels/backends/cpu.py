@@ -57,32 +57,13 @@ def _bfloat16_products(img: Tensor, aud: Tensor) -> bool:
     return torch.bfloat16 in (img.dtype, aud.dtype)
 
 
-def _empty_logits(img: Tensor, aud: Tensor) -> tuple[Tensor, Tensor]:
-    n, m = len(img), len(aud)
-    return _floats(img, n, m), img.new_empty(n, m, dtype=torch.uint16)
-
-
-def _empty_pools(img: Tensor, pooled: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n, c, h, w = img.shape
-    rows = n if pooled else 0
-    maps, mask = _floats(img, n, h, w), img.new_empty(rows, h, w, dtype=torch.bool)
-    return maps, mask, _floats(img, rows, c), _floats(img, rows, c)
-
-
-def _empty_terms(
-    aud: Tensor, weights: Sequence[float], adjacency_threshold: float | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n = len(aud)
-    loss, terms = aud.new_empty((), dtype=torch.float32), _floats(aud, 4)
-    return loss, terms, _floats(aud, n, row_stats_columns(n, weights, adjacency_threshold)), _floats(aud, n)
-
-
 def max_logits(img: Tensor, aud: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    outputs, wide = _empty_logits(img, aud), aud.float()
+    n, m, wide = len(img), len(aud), aud.float()
+    outputs = _floats(img, n, m), img.new_empty(n, m, dtype=torch.uint16)
     _kernels.max_logits(
         _native.image(img),
         wide.data_ptr(),
-        len(aud),
+        m,
         tau,
         _native.addresses(*outputs),
         _bfloat16_products(img, aud),
@@ -94,7 +75,14 @@ def max_logits(img: Tensor, aud: Tensor, tau: float) -> tuple[Tensor, Tensor]:
 def pool_pairs(
     img: Tensor, aud: Tensor, tau: float, threshold: float, pooled: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outputs, wide = _empty_pools(img, pooled), aud.float()
+    (n, c, h, w), wide = img.shape, aud.float()
+    rows = n if pooled else 0
+    outputs = (
+        _floats(img, n, h, w),
+        img.new_empty(rows, h, w, dtype=torch.bool),
+        _floats(img, rows, c),
+        _floats(img, rows, c),
+    )
     _kernels.pool(
         _native.image(img), wide.data_ptr(), tau, threshold, _native.addresses(*outputs), torch.get_num_threads()
     )
@@ -149,8 +137,14 @@ def adjacency(
     weights: tuple[float, ...],
     adjacency_threshold: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n, c = aud.shape
-    outputs, wide = _empty_terms(aud, weights, adjacency_threshold), aud.float()
+    (n, c), wide = aud.shape, aud.float()
+    columns = row_stats_columns(n, weights, adjacency_threshold)
+    outputs = (
+        aud.new_empty((), dtype=torch.float32),
+        _floats(aud, 4),
+        _floats(aud, n, columns),
+        _floats(aud, n),
+    )
     _kernels.adjacency(
         _native.addresses(logits, wide, img_avg, foreground),
         n,
@@ -159,7 +153,7 @@ def adjacency(
         weights,
         adjacency_threshold,
         _native.addresses(*outputs),
-        outputs[2].shape[1],
+        columns,
         torch.get_num_threads(),
     )
     return outputs
