@@ -6,6 +6,8 @@ import os
 import resource
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -185,6 +187,34 @@ def test_several_python_threads_may_call_at_once():
     with ThreadPoolExecutor(4) as pool:
         for got in pool.map(lambda _: loss_and_gradients(img, aud), range(12)):
             assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def test_other_python_threads_go_on_meanwhile():
+    img, aud = (x.requires_grad_() for x in features(512, 512, 7))
+    out = fk.fnac_loss(img, aud, backend="cpu")
+
+    def seconds(call: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    def lets_others_go_on(call: Callable[[], object]) -> bool:
+        with ThreadPoolExecutor(1) as pool:
+            longest, last = 0.0, time.perf_counter()
+            took = pool.submit(seconds, call)
+            while not took.done():
+                time.sleep(1e-3)
+                now = time.perf_counter()
+                longest, last = max(longest, now - last), now
+        return longest < took.result() / 2
+
+    calls = (
+        lambda: fk.fnac_loss(img, aud, backend="cpu"),
+        lambda: out.loss.backward(retain_graph=True),
+        lambda: fk.max_logits(img, aud, backend="cpu"),
+    )
+    for call in calls:
+        assert any(lets_others_go_on(call) for _ in range(5))  # the machine may hold this thread up too
 
 
 def test_a_forked_child_computes_too():
