@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import resource
 import subprocess
 import sys
@@ -273,6 +274,41 @@ def test_all_threads_flush_denormals_where_the_caller_does(request):
     request.getfixturevalue("_flushed_denormals")
     for _ in range(5):
         assert not fk.paired_maps(img, aud, 1.0, backend="cpu").any()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="reads MXCSR where glibc keeps it on x86-64")
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_callers_floating_point_mode_and_signal_mask_are_as_before(isa):
+    code = """
+import ctypes, signal, torch, fnac_kernels as fk
+from fnac_kernels import _native
+libm = ctypes.CDLL("libm.so.6")
+def state():
+    environment = (ctypes.c_uint32 * 8)()
+    libm.fegetenv(environment)
+    sticky = 0x3F  # what has happened since somebody cleared it, set by any arithmetic
+    return environment[7] & ~sticky, signal.pthread_sigmask(signal.SIG_BLOCK, [])
+torch.set_flush_denormal(True)
+libm.fesetround(0x800)  # upward
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+before = state()
+assert before == (0xDFC0, {signal.SIGUSR1}), before  # flushing, upward, no traps
+img, aud = torch.randn(33, 40, 7, 7, requires_grad=True), torch.randn(33, 40)
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    loss = fk.fnac_loss(img, aud, backend="cpu").loss
+    assert state() == before, state()
+    loss.backward()
+    assert state() == before, state()
+    try:
+        _native.module().loss((0, 0, 4, 4, 4, 4, 1), 0, 0.1, 0.6, (1, 1, 1, 1), None, (0,) * 5, 0, 0, 0, False, threads)
+    except ValueError:
+        assert state() == before, state()
+    else:
+        raise AssertionError("a state without room is an error")
+"""
+    done = run_pinned(isa, "-c", code)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("isa", ISAS)
