@@ -95,12 +95,16 @@ class BestAndLast(ModelCheckpoint):
         """Keep the last step where none is under way: on SIGTERM, which waits for its end, or an unreadable file."""
         super().on_exception(trainer, pl_module, exception)
         together = trainer.world_size == 1 or isinstance(exception, SIGTERMException)  # else the others would not come
-        if trainer.training and together and self.between_steps and not trainer.is_last_batch:
+        if trainer.training and together and self._between_batches(trainer):
             self._keep_last(trainer)
+
+    def _between_batches(self, trainer: Trainer) -> bool:
+        """Whether no step is under way, and the epoch has not ended either."""
+        return self.between_steps and not trainer.is_last_batch
 
     def _keep_if_stopping(self, trainer: Trainer) -> None:
         stopping = trainer.should_stop or trainer.global_step == trainer.max_steps
-        if stopping and self.between_steps and not trainer.is_last_batch:
+        if stopping and self._between_batches(trainer):
             self._keep_last(trainer)
 
     def _keep_last(self, trainer: Trainer) -> None:
