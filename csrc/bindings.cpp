@@ -2,7 +2,6 @@
 // CUDA kernels are its submodule `cuda`; where they were left out, `cuda_left_out` says why.
 #include "bindings.h"
 
-#include <algorithm>
 #include <array>
 #include <memory>
 #include <optional>
@@ -51,48 +50,34 @@ void feature_backward(const Image& img, uintptr_t aud, int64_t m, double tau, ui
 using Weights = std::array<double, 4>;
 using Threshold = std::optional<double>;
 
-Adjacency adjacency_job(int64_t n, int64_t c, double tau, const Weights& weights, Threshold threshold,
+// inputs: logits, aud, mean, foreground
+Adjacency adjacency_job(const Addresses<4>& inputs, int64_t n, int64_t c, double tau, const Weights& weights,
+                        Threshold threshold, uintptr_t row_stats, int64_t stats_columns, uintptr_t col_lse,
                         int threads) {
     Adjacency job{};
-    job.n = n;
-    job.c = c;
-    job.scale = static_cast<float>(1 / tau);
-    std::copy(weights.begin(), weights.end(), job.weights);
-    job.masked = threshold.has_value();
-    job.threshold = static_cast<float>(threshold.value_or(0));
-    job.threads = threads;
-    return job;
-}
-
-// inputs: logits, aud, mean, foreground
-void set_tensors(Adjacency& job, const Addresses<4>& inputs, uintptr_t row_stats, int64_t stats_columns,
-                 uintptr_t col_lse) {
     job.logits = at<const float>(inputs[0]);
     job.aud = at<const float>(inputs[1]);
     job.avg = at<const float>(inputs[2]);
     job.foreground = at<const float>(inputs[3]);
+    job.n = n;
+    job.c = c;
+    job.scale = static_cast<float>(1 / tau);
+    for (int t = 0; t < 4; ++t) job.weights[t] = weights[t];
+    job.masked = threshold.has_value();
+    job.threshold = static_cast<float>(threshold.value_or(0));
     job.row_stats = at<float>(row_stats);
-    job.kept = job.row_stats + job.n * kRowStats;
-    job.kept_size = job.n * (stats_columns - kRowStats);
+    job.kept = job.row_stats + n * kRowStats;
+    job.kept_size = n * (stats_columns - kRowStats);
     job.col_lse = at<float>(col_lse);
-}
-
-void set_tensors(Adjacency& job, const LossState& state, uintptr_t aud) {
-    job.logits = state.logits;
-    job.aud = at<const float>(aud);
-    job.avg = state.avg;
-    job.foreground = state.foreground;
-    job.row_stats = state.row_stats;
-    job.kept = state.kept;
-    job.kept_size = state.kept_size;
-    job.col_lse = state.col_lse;
+    job.threads = threads;
+    return job;
 }
 
 // outputs: loss, terms, row_stats, col_lse
 void adjacency(const Addresses<4>& inputs, int64_t n, int64_t c, double tau, const Weights& weights,
                Threshold threshold, const Addresses<4>& outputs, int64_t stats_columns, int threads) {
-    Adjacency job = adjacency_job(n, c, tau, weights, threshold, threads);
-    set_tensors(job, inputs, outputs[2], stats_columns, outputs[3]);
+    Adjacency job =
+        adjacency_job(inputs, n, c, tau, weights, threshold, outputs[2], stats_columns, outputs[3], threads);
     job.loss = at<float>(outputs[0]);
     job.terms = at<float>(outputs[1]);
     kernels().adjacency(job);
@@ -102,8 +87,8 @@ void adjacency(const Addresses<4>& inputs, int64_t n, int64_t c, double tau, con
 void adjacency_backward(const Addresses<4>& inputs, int64_t n, int64_t c, double tau, const Weights& weights,
                         Threshold threshold, uintptr_t row_stats, int64_t stats_columns, uintptr_t col_lse,
                         uintptr_t grad_loss, uintptr_t grad_terms, const Addresses<4>& grads, int threads) {
-    Adjacency job = adjacency_job(n, c, tau, weights, threshold, threads);
-    set_tensors(job, inputs, row_stats, stats_columns, col_lse);
+    Adjacency job =
+        adjacency_job(inputs, n, c, tau, weights, threshold, row_stats, stats_columns, col_lse, threads);
     job.grad_loss = at<const float>(grad_loss);
     job.grad_terms = at<const float>(grad_terms);
     job.dlogits = at<float>(grads[0]);
@@ -113,27 +98,21 @@ void adjacency_backward(const Addresses<4>& inputs, int64_t n, int64_t c, double
     kernels().adjacency_backward(job);
 }
 
-LossState loss_state(uintptr_t block, int64_t size, const FeatureMap& img, const Weights& weights) {
-    return {at<float>(block), size, img, weights[2] != 0 || weights[3] != 0};
-}
+bool pooled(const Weights& weights) { return weights[2] != 0 || weights[3] != 0; }
 
 // values: the loss, then its four terms
-void loss(const Image& image, uintptr_t aud, double tau, double threshold, const Weights& weights,
+void loss(const Image& img, uintptr_t aud, double tau, double threshold, const Weights& weights,
           Threshold adjacency_threshold, const Addresses<5>& values, uintptr_t maps, uintptr_t block,
           int64_t block_size, bool bf16_products, int threads) {
-    const FeatureMap img = feature_map(image);
-    const LossState state = loss_state(block, block_size, img, weights);
-    const float* const sounds = at<const float>(aud);
-    const float scale = static_cast<float>(1 / tau);
-    kernels().max_logits({img, sounds, img.n, scale, state.logits, state.argmax, bf16_products, threads});
-    kernels().pool({img, sounds, scale, static_cast<float>(threshold), at<float>(maps), state.mask, state.avg,
-                    state.foreground, threads});
-    Adjacency job = adjacency_job(img.n, img.c, tau, weights, adjacency_threshold, threads);
-    set_tensors(job, state, aud);
-    job.loss = at<float>(values[0]);
+    const FeatureMap map = feature_map(img);
+    const LossState state(block, block_size, map, pooled(weights));
+    max_logits(img, aud, map.n, tau, {state.logits, state.argmax}, bf16_products, threads);
+    pool(img, aud, tau, threshold, {maps, state.mask, state.avg, state.foreground}, threads);
     float terms[4];
-    job.terms = terms;
-    kernels().adjacency(job);
+    adjacency({state.logits, aud, state.avg, state.foreground}, map.n, map.c, tau, weights,
+              adjacency_threshold,
+              {values[0], reinterpret_cast<uintptr_t>(terms), state.row_stats, state.col_lse},
+              state.stats_columns, threads);
     for (int t = 0; t < 4; ++t) *at<float>(values[t + 1]) = terms[t];
 }
 
@@ -144,45 +123,30 @@ py::object kept(Layout layout, int dtype) {
 // scratch: of n x n + 3 x n x c floats. The gradient of the features goes to dimg, which may be null, or
 // given a layout to kept memory, whose capsule is returned: it is taken only when the scratch of the terms,
 // which lies there before, is done with.
-py::object loss_backward(uintptr_t grad_loss, uintptr_t grad_terms, uintptr_t grad_maps, const Image& image,
+py::object loss_backward(uintptr_t grad_loss, uintptr_t grad_terms, uintptr_t grad_maps, const Image& img,
                          uintptr_t aud, double tau, const Weights& weights, Threshold adjacency_threshold,
                          uintptr_t block, int64_t block_size, uintptr_t scratch, uintptr_t dimg,
                          std::optional<Layout> layout, uintptr_t daud, int threads) {
     py::gil_scoped_release unlocked;
-    const FeatureMap img = feature_map(image);
-    const LossState state = loss_state(block, block_size, img, weights);
-    FeatureBackward job{};
-    job.img = img;
-    job.aud = at<const float>(aud);
-    job.m = img.n;
-    job.scale = static_cast<float>(1 / tau);
-    job.grad_maps = at<const float>(grad_maps);
-    job.daud = at<float>(daud);
-    job.threads = threads;
+    const FeatureMap map = feature_map(img);
+    const LossState state(block, block_size, map, pooled(weights));
+    Addresses<4> grads{};  // of logits, aud, mean, foreground
     if (grad_loss != 0 || grad_terms != 0) {
-        const int64_t features = img.n * img.c;
-        Adjacency terms = adjacency_job(img.n, img.c, tau, weights, adjacency_threshold, threads);
-        set_tensors(terms, state, aud);
-        terms.grad_loss = at<const float>(grad_loss);
-        terms.grad_terms = at<const float>(grad_terms);
-        terms.daud = at<float>(scratch);
-        terms.davg = terms.daud + features;
-        terms.dforeground = terms.davg + features;
-        terms.dlogits = terms.dforeground + features;
-        kernels().adjacency_backward(terms);
-        job.grad_logits = terms.dlogits;
-        job.argmax = state.argmax;
-        // A gradient that no wanted term reaches is not written.
-        if (weights[1] != 0 || weights[2] != 0) job.grad_aud = terms.daud;
-        if (weights[3] != 0) job.grad_avg = terms.davg;
-        if (weights[2] != 0) {
-            job.grad_foreground = terms.dforeground;
-            job.mask = state.mask;
-        }
+        const uintptr_t features = sizeof(float) * map.n * map.c;
+        grads = {scratch + 3 * features, scratch, scratch + features, scratch + 2 * features};
+        adjacency_backward({state.logits, aud, state.avg, state.foreground}, map.n, map.c, tau, weights,
+                           adjacency_threshold, state.row_stats, state.stats_columns, state.col_lse,
+                           grad_loss, grad_terms, grads, threads);
+        // One that no wanted term reaches is not written.
+        if (weights[1] == 0 && weights[2] == 0) grads[1] = 0;
+        if (weights[3] == 0) grads[2] = 0;
+        if (weights[2] == 0) grads[3] = 0;
     }
-    auto gradient = layout ? std::make_unique<KeptTensor>(*std::move(layout), img.dtype) : nullptr;
-    job.dimg = gradient == nullptr ? at<void>(dimg) : gradient->data();
-    kernels().feature_backward(job);
+    const auto& [dlogits, daud_terms, davg, dforeground] = grads;
+    auto gradient = layout ? std::make_unique<KeptTensor>(*std::move(layout), map.dtype) : nullptr;
+    if (gradient != nullptr) dimg = reinterpret_cast<uintptr_t>(gradient->data());
+    feature_backward(img, aud, map.n, tau, dlogits, dlogits == 0 ? 0 : state.argmax, grad_maps,
+                     dforeground == 0 ? 0 : state.mask, davg, dforeground, daud_terms, dimg, daud, threads);
     py::gil_scoped_acquire locked;
     return gradient == nullptr ? py::none() : KeptTensor::capsule(std::move(gradient));
 }

@@ -10,39 +10,38 @@
 
 namespace fnac {
 
+// Addresses, as the binding passes them on.
 struct LossState {
-    float* logits;      // (n, n)
-    uint16_t* argmax;   // (n, n)
-    uint8_t* mask;      // (n, p); null without `pooled`, as are the two that follow
-    float* avg;         // (n, c)
-    float* foreground;  // (n, c)
-    float* col_lse;     // (n)
-    float* row_stats;   // (n, kRowStats)
-    float* kept;        // the rest of the block
-    int64_t kept_size;
+    uintptr_t logits;       // float (n, n)
+    uintptr_t argmax;       // uint16_t (n, n)
+    uintptr_t mask;         // uint8_t (n, p); 0 without `pooled`, as are the two that follow
+    uintptr_t avg;          // float (n, c)
+    uintptr_t foreground;   // float (n, c)
+    uintptr_t col_lse;      // float (n)
+    uintptr_t row_stats;    // float (n, stats_columns): the rest of the block
+    int64_t stats_columns;  // kRowStats, and what is kept
 
     // Pieces of a block of `size` floats, which backends/cpu.py computes. Each begins at a line of the cache.
-    LossState(float* block, int64_t size, const FeatureMap& img, bool pooled) {
+    LossState(uintptr_t block, int64_t size, const FeatureMap& img, bool pooled) {
         const int64_t pairs = img.n * img.n, features = pooled ? img.n * img.c : 0;
         const int64_t cells = pooled ? img.n * img.p : 0;
-        float* next = block;
-        const auto take = [&next](int64_t floats) {
-            float* const piece = floats == 0 ? nullptr : next;
-            next += (floats + 15) / 16 * 16;
+        int64_t used = 0;
+        const auto take = [&](int64_t floats) {
+            const uintptr_t piece = floats == 0 ? 0 : block + sizeof(float) * used;
+            used += (floats + 15) / 16 * 16;
             return piece;
         };
         logits = take(pairs);
-        argmax = reinterpret_cast<uint16_t*>(take((pairs + 1) / 2));
-        mask = reinterpret_cast<uint8_t*>(take((cells + 3) / 4));
+        argmax = take((pairs + 1) / 2);
+        mask = take((cells + 3) / 4);
         avg = take(features);
         foreground = take(features);
         col_lse = take(img.n);
-        row_stats = take(img.n * kRowStats);
-        kept = next;
-        kept_size = size - (next - block);
-        if (kept_size < 0)
+        row_stats = block + sizeof(float) * used;
+        stats_columns = (size - used) / img.n;
+        if (size < used + img.n * kRowStats)
             throw std::invalid_argument("the state has " + std::to_string(size) + " floats, " +
-                                        std::to_string(-kept_size) + " too few");
+                                        std::to_string(used + img.n * kRowStats - size) + " too few");
     }
 };
 
