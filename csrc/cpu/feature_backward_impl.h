@@ -188,7 +188,7 @@ class BackwardSlice {
             F a[kVectors], da[kVectors];
             for (int v = 0; v < kVectors; ++v) {
                 a[v] = V::load(aud + m * kSlice + v * V::kLanes);
-                da[v] = V::load(daud + m * kSlice + v * V::kLanes);
+                da[v] = V::set(0.f);
             }
             for (int64_t i = 0; i < count; ++i) {
                 const F g = V::set(weights[i * audios + m]);
@@ -202,7 +202,10 @@ class BackwardSlice {
                 }
             }
             if constexpr (kAud)
-                for (int v = 0; v < kVectors; ++v) V::store(daud + m * kSlice + v * V::kLanes, da[v]);
+                for (int v = 0; v < kVectors; ++v) {
+                    float* const sum = daud + m * kSlice + v * V::kLanes;
+                    V::store(sum, V::add(V::load(sum), da[v]));
+                }
         }
     }
 

@@ -6,19 +6,31 @@
 namespace fnac {
 namespace {
 
+constexpr int64_t kChain = 128;  // products that are added up one after the other
+
+// Longer sums are sums of such sums, since each addition rounds by the size of what was added up before it.
 template <class V, int R>
 inline __attribute__((always_inline)) void dot_tile(const float* piece, const float* panel, int64_t k,
                                                     typename V::F (&acc)[R][2]) {
-    for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = V::set(0.f);
-    for (int64_t i = 0; i < k; ++i) {
-        const typename V::F b0 = V::load(panel + i * 2 * V::kLanes);
-        const typename V::F b1 = V::load(panel + i * 2 * V::kLanes + V::kLanes);
+    typename V::F before[R][2];
+    for (int64_t begin = 0;; begin += kChain) {
+        const int64_t end = smaller(begin + kChain, k);
+        for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = V::set(0.f);
+        for (int64_t i = begin; i < end; ++i) {
+            const typename V::F b0 = V::load(panel + i * 2 * V::kLanes);
+            const typename V::F b1 = V::load(panel + i * 2 * V::kLanes + V::kLanes);
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-            const typename V::F a = V::set(piece[i * R + r]);
-            acc[r][0] = V::fma(a, b0, acc[r][0]);
-            acc[r][1] = V::fma(a, b1, acc[r][1]);
+            for (int r = 0; r < R; ++r) {
+                const typename V::F a = V::set(piece[i * R + r]);
+                acc[r][0] = V::fma(a, b0, acc[r][0]);
+                acc[r][1] = V::fma(a, b1, acc[r][1]);
+            }
         }
+        for (int r = 0; begin > 0 && r < R; ++r)
+            for (int v = 0; v < 2; ++v) acc[r][v] = V::add(before[r][v], acc[r][v]);
+        if (end == k) return;
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < 2; ++v) before[r][v] = acc[r][v];
     }
 }
 
