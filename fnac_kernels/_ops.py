@@ -503,7 +503,7 @@ def _adjacency_backward_op(
     img_avg: Tensor,
     foreground: Tensor,
     row_stats: Tensor,
-    col_lse: Tensor,
+    col_entropy: Tensor,
     tau: float,
     weights: Sequence[float],
     adjacency_threshold: float | None,
@@ -515,7 +515,7 @@ def _adjacency_backward_op(
         None if grad_terms is None else grad_terms.contiguous(),
         *(x.float().contiguous() for x in inputs),
         row_stats,
-        col_lse,
+        col_entropy,
         tau,
         tuple(weights),
         adjacency_threshold,
@@ -539,7 +539,7 @@ adjacency_contrastive = _define(
 )
 adjacency_backward = _define(
     "adjacency_backward(Tensor? grad_loss, Tensor? grad_terms, Tensor logits, Tensor aud, Tensor img_avg, "
-    "Tensor foreground, Tensor row_stats, Tensor col_lse, float tau, float[] weights, float? adjacency_threshold, "
+    "Tensor foreground, Tensor row_stats, Tensor col_entropy, float tau, float[] weights, float? adjacency_threshold, "
     "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _adjacency_backward_op,
     _adjacency_backward_fake,
@@ -568,10 +568,10 @@ def _fnac_loss(
     primitives, img, aud = _primitives(backend), _dense(img, backend), aud.contiguous()
     logits, argmax = primitives.max_logits(img, aud, tau)
     maps, mask, img_avg, foreground = primitives.pool_pairs(img, aud, tau, threshold, _needs_pooled(weights))
-    loss, terms, row_stats, col_lse = primitives.adjacency(
+    loss, terms, row_stats, col_entropy = primitives.adjacency(
         logits, aud, img_avg, foreground, tau, tuple(weights), adjacency_threshold
     )
-    return loss, terms, maps, logits, argmax, mask, img_avg, foreground, row_stats, col_lse
+    return loss, terms, maps, logits, argmax, mask, img_avg, foreground, row_stats, col_entropy
 
 
 def _fnac_loss_fake(
@@ -585,10 +585,10 @@ def _fnac_loss_fake(
 ) -> tuple[Tensor, ...]:
     logits, argmax = _max_logits_fake(img, aud, tau, backend)
     maps, mask, avg, foreground = _pool_pairs_fake(img, aud, tau, threshold, _needs_pooled(weights), backend)
-    loss, terms, row_stats, col_lse = _adjacency_fake(
+    loss, terms, row_stats, col_entropy = _adjacency_fake(
         logits, aud, avg, foreground, tau, weights, adjacency_threshold, backend
     )
-    return loss, terms, maps, logits, argmax, mask, avg, foreground, row_stats, col_lse
+    return loss, terms, maps, logits, argmax, mask, avg, foreground, row_stats, col_entropy
 
 
 def _fnac_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -628,7 +628,7 @@ def _fnac_loss_backward_op(
     img_avg: Tensor,
     foreground: Tensor,
     row_stats: Tensor,
-    col_lse: Tensor,
+    col_entropy: Tensor,
     tau: float,
     weights: Sequence[float],
     adjacency_threshold: float | None,
@@ -646,7 +646,7 @@ def _fnac_loss_backward_op(
             img_avg,
             foreground,
             row_stats,
-            col_lse,
+            col_entropy,
             tau,
             tuple(weights),
             adjacency_threshold,
@@ -753,8 +753,9 @@ fnac_loss = _define(
 )
 fnac_loss_backward = _define(
     "fnac_loss_backward(Tensor? grad_loss, Tensor? grad_terms, Tensor? grad_maps, Tensor img, Tensor aud, "
-    "Tensor logits, Tensor argmax, Tensor mask, Tensor img_avg, Tensor foreground, Tensor row_stats, Tensor col_lse, "
-    "float tau, float[] weights, float? adjacency_threshold, bool need_img, bool need_aud, str backend) "
+    "Tensor logits, Tensor argmax, Tensor mask, Tensor img_avg, Tensor foreground, Tensor row_stats, "
+    "Tensor col_entropy, float tau, float[] weights, float? adjacency_threshold, bool need_img, bool need_aud, "
+    "str backend) "
     "-> (Tensor, Tensor)",
     _fnac_loss_backward_op,
     _fnac_loss_backward_fake,

@@ -8,6 +8,7 @@ import pytest
 import torch
 from samples import BF16, CASE_IDS, CASES, USABLE, Op, Sample
 from tolerance import Run, assert_as_good_as_torch, flips, run
+from torch import Tensor
 
 import fnac_kernels as fk
 from fnac_kernels import _dispatch
@@ -72,6 +73,23 @@ def test_pairs_at_the_threshold_are_false_negatives(backend, tau, threshold):
     settings = {"weights": (1, 0, 0, 0), "adjacency_threshold": threshold}
     got, wanted = (fk.fnac_loss(img, aud, tau, backend=name, **settings).nce for name in (backend, "reference"))
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", USABLE)
+def test_large_logits_keep_the_digits_of_their_softmaxes(backend):
+    """A log-sum-exp of 37 in float32 would take two of them: 1e-6 of each element of a row or of a column."""
+    device = _dispatch.BACKENDS[backend].takes
+    logits = 33 + torch.randn(40, 40, generator=torch.Generator().manual_seed(0)).to(device)
+    features = [torch.randn(40, 8, device=device) for _ in range(3)]
+
+    def gradient(dtype: torch.dtype, backend: str) -> Tensor:
+        x = logits.to(dtype).requires_grad_()
+        others = [f.to(dtype) for f in features]
+        nce = fk.adjacency_contrastive(x, *others, weights=(1, 0, 0, 0), backend=backend).nce
+        return torch.autograd.grad(nce, x)[0].double().fill_diagonal_(0)  # which is near -2
+
+    wanted = gradient(torch.float64, "reference")
+    assert float((gradient(torch.float32, backend) - wanted).norm() / wanted.norm()) < 3e-7
 
 
 def test_the_reference_is_its_own_gradient():

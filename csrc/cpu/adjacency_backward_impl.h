@@ -18,20 +18,22 @@ struct TermGrads {
     }
 };
 
-// row_stats and col_lse by statistic, padded by zeros: for lanes that are columns.
+enum ColumnStat { kDiagonal = kRowStats, kColEntropy, kColumnStats };
+
+// row_stats, the logits' diagonal and col_entropy by statistic, padded by zeros: for lanes that are columns.
 class ColumnStats {
   public:
     ColumnStats(const Adjacency& job, int64_t size)
-        : size_(size), memory_(sizeof(float) * (kRowStats + 1) * size) {
+        : size_(size), memory_(sizeof(float) * kColumnStats * size) {
         float* to = memory_.as<float>();
         for (int64_t m = 0; m < size; ++m) {
             for (int64_t s = 0; s < kRowStats; ++s)
                 to[s * size + m] = m < job.n ? job.row_stats[m * kRowStats + s] : 0.f;
-            to[kRowStats * size + m] = m < job.n ? job.col_lse[m] : 0.f;
+            to[kDiagonal * size + m] = m < job.n ? job.logits[m * job.n + m] : 0.f;
+            to[kColEntropy * size + m] = m < job.n ? job.col_entropy[m] : 0.f;
         }
     }
     const float* operator[](int64_t stat) const { return memory_.as<float>() + stat * size_; }
-    const float* col_lse() const { return (*this)[kRowStats]; }
 
   private:
     int64_t size_;
@@ -104,13 +106,14 @@ class AdjacencyGradient {
             if (needs_.nce) {
                 // Each element of L is in one row's softmax, pl where no pair is masked, and in one column's.
                 const bool again = needs_.mask || !with_l;
-                const auto entropy = [&](F by_row, const float* of, F column_lse) {
-                    const F by_column = exp_negative<V>(V::sub(V::load(of + m), column_lse));
-                    return unmasked(V::add(by_row, by_column), x, n, m0, m);
-                };
                 const F kept = again ? p(x.l, kLseKept) : pl, kept_t = again ? pt(x.lt, kLseKept) : plt;
-                dl = V::fma(g0, entropy(kept, x.l, V::load(columns_.col_lse() + m0 + m)), dl);
-                if constexpr (kBoth) dlt = V::fma(g0, entropy(kept_t, x.lt, V::set(job_.col_lse[n])), dlt);
+                const F by_column = softmax<V>(x.l + m, column(kDiagonal), column(kColEntropy));
+                dl = V::fma(g0, unmasked(V::add(kept, by_column), x, n, m0, m), dl);
+                if constexpr (kBoth) {
+                    const F diagonal = V::set(job_.logits[n * job_.n + n]);
+                    const F by_column_t = softmax<V>(x.lt + m, diagonal, V::set(job_.col_entropy[n]));
+                    dlt = V::fma(g0, unmasked(V::add(kept_t, by_column_t), x, n, m0, m), dlt);
+                }
             }
             V::store(x.dl + m, dl);
             if constexpr (kBoth) V::store(x.dlt + m, dlt);

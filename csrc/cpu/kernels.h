@@ -68,7 +68,7 @@ struct Adjacency {
     float* row_stats;  // (n, kRowStats)
     float* kept;       // room of kept_size floats for what else the backward reads
     int64_t kept_size;
-    float* col_lse;           // (n)
+    float* col_entropy;       // (n)
     float* loss;              // (): the weighted sum of the terms. Forward only.
     float* terms;             // (4). Forward only.
     const float* grad_loss;   // (), may be null. Backward only, as is what follows.

@@ -167,7 +167,7 @@ def adjacency_backward(
     img_avg: Tensor,
     foreground: Tensor,
     row_stats: Tensor,
-    col_lse: Tensor,
+    col_entropy: Tensor,
     tau: float,
     weights: tuple[float, ...],
     adjacency_threshold: float | None,
@@ -186,7 +186,7 @@ def adjacency_backward(
         adjacency_threshold,
         row_stats.data_ptr(),
         row_stats.shape[1],
-        *_native.addresses(col_lse, grad_loss, grad_terms),
+        *_native.addresses(col_entropy, grad_loss, grad_terms),
         _native.addresses(*grads),
         torch.get_num_threads(),
     )

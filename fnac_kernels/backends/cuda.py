@@ -110,7 +110,7 @@ def adjacency(
     adjacency_threshold: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n = aud.shape[0]
-    row_stats, col_lse = _floats(logits, n, _ROW_STATS), _floats(logits, n)
+    row_stats, col_entropy = _floats(logits, n, _ROW_STATS), _floats(logits, n)
     loss, terms = logits.new_empty(()), _floats(logits, 4)
     _kernels.adjacency(
         [x.data_ptr() for x in (logits, img_avg, foreground)],
@@ -120,12 +120,12 @@ def adjacency(
         weights,
         adjacency_threshold,
         row_stats.data_ptr(),
-        col_lse.data_ptr(),
+        col_entropy.data_ptr(),
         loss.data_ptr(),
         terms.data_ptr(),
         *_place(logits),
     )
-    return loss, terms, row_stats, col_lse
+    return loss, terms, row_stats, col_entropy
 
 
 def adjacency_backward(
@@ -136,7 +136,7 @@ def adjacency_backward(
     img_avg: Tensor,
     foreground: Tensor,
     row_stats: Tensor,
-    col_lse: Tensor,
+    col_entropy: Tensor,
     tau: float,
     weights: tuple[float, ...],
     adjacency_threshold: float | None,
@@ -156,7 +156,7 @@ def adjacency_backward(
         weights,
         adjacency_threshold,
         row_stats.data_ptr(),
-        col_lse.data_ptr(),
+        col_entropy.data_ptr(),
         _native.address(grad_loss),
         _native.address(grad_terms),
         [x.data_ptr() for x in grads],

@@ -133,7 +133,7 @@ def collected_lse(partials, slots, row, N, COLUMN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "slots"])
 def collect_kernel(
-    partials, logits, stats, col_lse, entropies, N, slots,
+    partials, logits, stats, col_entropy, entropies, N, slots,
     NCE: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr, MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -161,9 +161,10 @@ def collect_kernel(
         tl.store(row + LSE_KEPT * N, high, mask=n < N)
         tl.store(row + (LSE_KEPT + 1) * N, log, mask=n < N)
         column_high, column_log = collected_lse(partials, slots, n, N, LSE_COLUMN)
-        tl.store(col_lse + n, column_high + column_log, mask=n < N)
         positive = tl.load(logits + n.to(tl.int64) * N + n, mask=n < N, other=0.0)
-        tl.store(entropies + n, (high - positive) + log + (column_high - positive) + column_log, mask=n < N)
+        column_entropy = (column_high - positive) + column_log
+        tl.store(col_entropy + n, column_entropy, mask=n < N)
+        tl.store(entropies + n, (high - positive) + log + column_entropy, mask=n < N)
 
 
 @triton.jit
@@ -278,7 +279,7 @@ def adjacency(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, c = aud.shape
     loss, terms = floats(logits), floats(logits, 4)
-    stats, col_lse, entropies = floats(logits, n, ROW_STATS), floats(logits, n), floats(logits, n)
+    stats, col_entropy, entropies = floats(logits, n, ROW_STATS), floats(logits, n), floats(logits, n)
     wanted = flags(weights, adjacency_threshold)
     distances = {name: wanted[name] for name in ("S1", "S2", "S3")}
     rows = tuning.adjacency_rows()
@@ -296,7 +297,7 @@ def adjacency(
             **wanted, **tile,
         )  # fmt: skip
         run(
-            collect_kernel, (row_blocks,), partials, logits, stats, col_lse, entropies, n, slots,
+            collect_kernel, (row_blocks,), partials, logits, stats, col_entropy, entropies, n, slots,
             **wanted, **rows.options,
         )  # fmt: skip
         if any(distances.values()):
@@ -312,4 +313,4 @@ def adjacency(
 
     with on(logits):
         launch(sweep.chosen("adjacency", sweep.pair_class(aud), tuning.adjacency(aud), launch))
-    return loss, terms, stats, col_lse
+    return loss, terms, stats, col_entropy
