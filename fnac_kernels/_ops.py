@@ -755,8 +755,7 @@ fnac_loss_backward = _define(
     "fnac_loss_backward(Tensor? grad_loss, Tensor? grad_terms, Tensor? grad_maps, Tensor img, Tensor aud, "
     "Tensor logits, Tensor argmax, Tensor mask, Tensor img_avg, Tensor foreground, Tensor row_stats, "
     "Tensor col_entropy, float tau, float[] weights, float? adjacency_threshold, bool need_img, bool need_aud, "
-    "str backend) "
-    "-> (Tensor, Tensor)",
+    "str backend) -> (Tensor, Tensor)",
     _fnac_loss_backward_op,
     _fnac_loss_backward_fake,
     _no_double_backward,

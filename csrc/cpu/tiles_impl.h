@@ -26,8 +26,10 @@ inline __attribute__((always_inline)) void dot_tile(const float* piece, const fl
                 acc[r][1] = V::fma(a, b1, acc[r][1]);
             }
         }
-        for (int r = 0; begin > 0 && r < R; ++r)
-            for (int v = 0; v < 2; ++v) acc[r][v] = V::add(before[r][v], acc[r][v]);
+        if (begin > 0) {
+            for (int r = 0; r < R; ++r)
+                for (int v = 0; v < 2; ++v) acc[r][v] = V::add(before[r][v], acc[r][v]);
+        }
         if (end == k) return;
         for (int r = 0; r < R; ++r)
             for (int v = 0; v < 2; ++v) before[r][v] = acc[r][v];
