@@ -69,5 +69,6 @@ bench: install
 bench-check: install
 	$(BIN)/python -m bench.check
 
+# Without its stamp the next command builds again.
 clean:
-	rm -rf build *.egg-info fnac_kernels/*.so
+	rm -rf build *.egg-info fnac_kernels/*.so $(VENV)/.installed
