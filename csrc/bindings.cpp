@@ -1,4 +1,4 @@
-// The compiled module: pointers, sizes and strides in, nothing of torch. Every call releases the GIL. The
+// The compiled module: pointers, sizes and strides in, nothing of torch. Kernels run without the GIL. The
 // CUDA kernels are its submodule `cuda`; where they were left out, `cuda_left_out` says why.
 #include "bindings.h"
 
