@@ -209,5 +209,4 @@ class ChunkedReference:
             tau,
             weights=weights,
         )
-        loss = sum((w * term for w, term in zip(weights, terms, strict=True)), start=terms.nce.new_zeros(()))
-        return reference.FNACOutput(loss, *terms, maps)
+        return reference.FNACOutput(reference.weighted_sum(weights, terms), *terms, maps)

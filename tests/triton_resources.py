@@ -121,12 +121,12 @@ def of_maps(capability: int, dtype: str, cells: int) -> Iterator[Variant]:
         where = f"{layout} {cells}"
         whole = tuning.whole_image(cells)
         if whole is None:
-            blocks = tuning.pool_channels(cells)
+            blocks = tuning.part_of_image(cells)
             yield Variant(f"pool {where}", pooling.pool_kernel, blocks, {**stride, "AVG": True}, aligned)
         else:
             constants = {**stride, "MAPS": True, "AVG": True}
             yield Variant(f"image {where}", pooling.image_kernel, whole, constants, aligned)
-        yield Variant(f"map {where}", pooling.map_kernel, tuning.map_cells(cells), stride, aligned)
+        yield Variant(f"map {where}", pooling.map_kernel, tuning.part_of_image(cells), stride, aligned)
         bfloat16 = ("image_gradient", "image_gradient_small")
         for name in bfloat16 if dtype == "bf16" else ("image_gradient_float32",):
             blocks = tuning.fit_image_gradient(table[name], cells)

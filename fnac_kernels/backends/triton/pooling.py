@@ -115,7 +115,7 @@ def pool_kernel(
 def _maps(img: Tensor, aud: Tensor, tau: float) -> Tensor:
     n, c, h, w = img.shape
     maps = torch.empty((n, h, w), dtype=torch.float32, device=img.device)
-    blocks = tuning.map_cells(h * w)
+    blocks = tuning.part_of_image(h * w)
     grid = (n, triton.cdiv(h * w, blocks.sizes["BLOCK_P"]))
     run(map_kernel, grid, img, aud, maps, c, h * w, *image_strides(img), 1 / tau, **blocks.options)
     return maps
@@ -141,7 +141,7 @@ def _pool(
     if maps is None:
         assert aud is not None
         maps = _maps(img, aud, tau)
-    blocks = tuning.pool_channels(h * w)
+    blocks = tuning.part_of_image(h * w)
     run(
         pool_kernel, (n, triton.cdiv(c, blocks.sizes["BLOCK_C"])), img, maps, *outputs, c, h * w, *image_strides(img),
         threshold, AVG=avg is not None, **blocks.options,

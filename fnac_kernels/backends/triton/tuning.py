@@ -279,10 +279,6 @@ def whole_image(cells: int) -> Blocks | None:
 
 
 @functools.cache
-def map_cells(cells: int) -> Blocks:
-    return Blocks({"BLOCK_P": min(max(16, power_of_two(cells)), 32), "BLOCK_C": 64}, num_warps=4)
-
-
-@functools.cache
-def pool_channels(cells: int) -> Blocks:
+def part_of_image(cells: int) -> Blocks:
+    """Some cells of some channels: of a map alone, or of one that has many cells."""
     return Blocks({"BLOCK_P": min(max(16, power_of_two(cells)), 32), "BLOCK_C": 64}, num_warps=4)
