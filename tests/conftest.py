@@ -1,4 +1,4 @@
-"""Shared fixtures: which backends the table runs on, and on which device."""
+"""For every test: the same seed, no order of a backend left over, a cache of compiled code of its own."""
 
 from __future__ import annotations
 

@@ -211,7 +211,7 @@ def test_gradient_for_one_input_alone(op, backend):
 
 
 @pytest.mark.parametrize("name", ["max_logits", "paired_maps", "fnac_loss"])
-def test_second_derivatives_are_refused(name, backend):
+def test_second_derivatives_are_refused(name):
     img, aud = features()
     out = getattr(fk, name)(img, aud)
     value = out.loss if name == "fnac_loss" else out.sum()

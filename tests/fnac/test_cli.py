@@ -222,7 +222,8 @@ def test_no_checkpoints_where_none_are_wanted(run, tmp_path):
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_an_unreadable_file_in_a_loaders_process_is_told_in_one_line(run, generated, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("run")
+def test_an_unreadable_file_in_a_loaders_process_is_told_in_one_line(generated, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(generated, broken)
     for sound in (broken / "test" / "audio").iterdir():

@@ -166,7 +166,7 @@ def test_evaluation_tells_which_clips_have_an_empty_ground_truth(root, tmp_path,
         ClipDataset(clips, **SMALL)
 
 
-def test_leakage_stops_training_before_it_starts(root, tmp_path):
+def test_leakage_stops_training_before_it_starts(root):
     train = generated_split(root, "train")
     with pytest.raises(LeakageError, match="14 of the 14 test clips"):
         ClipData(str(root), test=train, batch_size=4, **SMALL).setup("fit")
