@@ -101,8 +101,6 @@ def _probe_cuda() -> str | None:
 def _probe_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
-    if importlib.util.find_spec("fnac_kernels.backends.triton") is None:
-        return "this build of fnac_kernels has no Triton kernels"
     if not torch.cuda.is_available() and not BACKENDS["triton"].emulated:
         return "torch sees no CUDA device (TRITON_INTERPRET=1 runs the kernels in Triton's slow interpreter)"
     return None

@@ -41,7 +41,7 @@ def max_logits(img: Tensor, aud: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     _kernels.max_logits(
         _native.image(img),
         aud.data_ptr(),
-        aud.shape[0],
+        m,
         tau,
         _precision(),
         logits.data_ptr(),
@@ -113,16 +113,13 @@ def adjacency(
     row_stats, col_entropy = _floats(logits, n, _ROW_STATS), _floats(logits, n)
     loss, terms = logits.new_empty(()), _floats(logits, 4)
     _kernels.adjacency(
-        [x.data_ptr() for x in (logits, img_avg, foreground)],
+        _native.addresses(logits, img_avg, foreground),
         _native.vectors(aud),
         tau,
         _precision(),
         weights,
         adjacency_threshold,
-        row_stats.data_ptr(),
-        col_entropy.data_ptr(),
-        loss.data_ptr(),
-        terms.data_ptr(),
+        *_native.addresses(row_stats, col_entropy, loss, terms),
         *_place(logits),
     )
     return loss, terms, row_stats, col_entropy
@@ -149,17 +146,14 @@ def adjacency_backward(
         for x, w in zip(like, written, strict=True)
     )
     _kernels.adjacency_backward(
-        [x.data_ptr() for x in (logits, img_avg, foreground)],
+        _native.addresses(logits, img_avg, foreground),
         _native.vectors(aud),
         tau,
         _precision(),
         weights,
         adjacency_threshold,
-        row_stats.data_ptr(),
-        col_entropy.data_ptr(),
-        _native.address(grad_loss),
-        _native.address(grad_terms),
-        [x.data_ptr() for x in grads],
+        *_native.addresses(row_stats, col_entropy, grad_loss, grad_terms),
+        _native.addresses(*grads),
         *_place(logits),
     )
     return grads  # type: ignore[return-value]
