@@ -234,7 +234,7 @@ def max_logits(img: Tensor, aud: Tensor, tau: float = 0.03, *, backend: str | No
 def similarity_maps(img: Tensor, aud: Tensor, tau: float = 0.03, *, backend: str | None = None) -> Tensor:
     """``S[n, m, h, w] = <img[n, :, h, w], aud[m]> / tau``: the whole tensor ``(N, M, H, W)``, for those who want it.
 
-    It is one matrix product whose result is as large as it is, so every backend leaves it to PyTorch's GEMM.
+    It is one matrix product and nothing else, so every backend leaves it to PyTorch's GEMM.
     """
     _validate.features(img, aud)
     tau = _validate.temperature(tau)

@@ -3,9 +3,9 @@
 // multiply_pairs.
 //
 // The scale of an image's cells, or of a sound, is its largest norm / kLargestNorm: values are then at most
-// that, in absolute value, and so is a vector's norm, but for the rounding to integers, which adds sqrt(C)
-// / 2. By Cauchy-Schwarz no sum of any of two vectors' products exceeds (kLargestNorm + sqrt(C) / 2)^2 <
-// 2^31.
+// that, in absolute value, and so is a vector's norm, but for the rounding to integers, which adds
+// sqrt(C) / 2. By Cauchy-Schwarz no sum of any of two vectors' products exceeds
+// (kLargestNorm + sqrt(C) / 2)^2 < 2^31.
 #pragma once
 
 #include "cpu/pairs_impl.h"

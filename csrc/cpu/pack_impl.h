@@ -85,8 +85,8 @@ size_t panel_bytes(int64_t lanes, int64_t k) {
     return sizeof(float) * ceil_div(lanes, 2 * V::kLanes) * 2 * V::kLanes * k;
 }
 
-// Panel `panel` of lanes: out[k][width] = src(width * panel + lane, k), zero beyond the last lane; width = 2
-// * kLanes, and one stride is 1.
+// Panel `panel` of lanes: out[k][width] = src(width * panel + lane, k), zero beyond the last lane;
+// width = 2 * kLanes, and one stride is 1.
 template <class V, class T>
 void pack_panel(const T* src, int64_t lane_stride, int64_t k_stride, int64_t lanes, int64_t k, int64_t panel,
                 float* out) {

@@ -2,8 +2,8 @@
 // type V and a type Products (Bf16Products, Int16Products, AmxProducts), whose objects hold what a thread
 // needs for them (AMX's tiles) and which narrows features to 16 bits and multiplies them:
 //
-//     static void multiply(const uint16_t* cells, const uint16_t* panel, int64_t depth, int64_t rows, float*
-//     out)
+//     static void multiply(const uint16_t* cells, const uint16_t* panel, int64_t depth, int64_t rows,
+//                          float* out)
 //
 // gives out[rows][2 kLanes sounds] of up to 32 cells, and anything in the next rows up to 16 or 32, from row
 // tiles [c / 32][16 cells][32], the second tile row after the first, and a panel [c / 32][2][16 pairs of

@@ -2,16 +2,15 @@
 // thread a fiber. What makes it a test and not only a way to run:
 //
 // - Shared memory is a fresh allocation of exactly the bytes asked for, filled with NaN: what is read before
-// it
-//   is written shows, and AddressSanitizer sees what is read or written outside of it.
+//   it is written shows, and AddressSanitizer sees what is read or written outside of it.
 // - Warps run one after the other, each as far as the next block barrier, and lanes one after the other as
-// far as
-//   the next operation of the warp. FNAC_CUDA_EMULATION_ORDER (forward, reverse, random) says in which order:
-//   where a barrier is missing, some order reads too early or overwrites too early.
+//   far as the next operation of the warp. FNAC_CUDA_EMULATION_ORDER (forward, reverse, random) says in which
+//   order: where a barrier is missing, some order reads too early or overwrites too early.
 // - Asynchronous copies land when they are waited for, and not earlier.
-// - FNAC_CUDA_EMULATION_TRACE, if set, prints every launch to standard error.
 // - An operation of a warp that not all of its lanes reach, or a barrier that not all threads reach, is an
-// error.
+//   error.
+// - FNAC_CUDA_EMULATION_CHIP (sm_80, sm_90a) says whose kernels run.
+// - FNAC_CUDA_EMULATION_TRACE, if set, prints every launch to standard error.
 #pragma once
 
 #include <bit>
