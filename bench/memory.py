@@ -62,9 +62,8 @@ def peak(op: str, case: str, contender: str, dtype: torch.dtype, device: str, si
         RuntimeError: the call fails in another way.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["bench.memory"]
-    )  # torch is imported once; each child is a fork that has run nothing
+    # torch is imported once, and each child is a fork that has run nothing.
+    context.set_forkserver_preload(["bench.memory"])
     here, there = context.Pipe(duplex=False)
     child = context.Process(target=_child, args=(there, op, case, contender, dtype, device, size))
     child.start()
