@@ -40,7 +40,7 @@ def arguments() -> argparse.ArgumentParser:
     flags.add_device(parser)
     parser.add_argument("--threads", type=flags.count, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=flags.count, default=25, help="samples of each contender, at most")
-    parser.add_argument("--seconds", type=float, default=8.0, help="time for the samples of a case")
+    parser.add_argument("--seconds", type=flags.positive, default=8.0, help="time for the samples of a case")
     parser.add_argument(
         "--memory-limit", type=flags.positive, default=8.0, help="GiB a call may need beyond its inputs"
     )

@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--size", type=flags.count, default=224, help="image height and width")
     flags.add_device(parser)
     parser.add_argument("--rounds", type=flags.count, default=7)
-    parser.add_argument("--seconds", type=float, default=900.0)
+    parser.add_argument("--seconds", type=flags.positive, default=900.0)
     parser.add_argument(
         "--keep-memory", action="store_true", help="in a process that keeps freed memory, as the fnac command's does"
     )
