@@ -45,13 +45,17 @@ def _plain(tensors: list[Tensor]) -> bool:
     return not keys & ~_PLAIN and not has_torch_function(tensors)
 
 
+def _no_forward_mode(*_: Any) -> Any:
+    raise NotImplementedError(
+        "fnac_kernels' compiled backends have no derivatives in forward mode; use backend='reference' where you need "
+        "them"
+    )
+
+
 def _no_tangents(tensors: list[Tensor]) -> None:
     """An operator in Python that has no derivative in forward mode would drop tangents without a word."""
     if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        raise NotImplementedError(
-            "fnac_kernels' compiled backends have no derivatives in forward mode; use backend='reference' where you "
-            "need them"
-        )
+        _no_forward_mode()
 
 
 def _recorded(tensors: list[Tensor]) -> bool:
@@ -66,16 +70,32 @@ def _function(name: str, run: Any, setup_context: Any, results: Any, backward: A
         outputs = run(*args)
         if setup_context is not None:
             setup_context(ctx, args, outputs)
-        # Nor a view that a Function made.
-        return tuple(x.data if x._is_view() else x for x in results(*outputs))
+        return _no_views(results(*outputs))
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(name, (torch.autograd.Function,), methods)
 
 
+def _transformable(name: str, run: Any, setup_context: Any, backward: Any) -> Any:
+    """``run`` and its backward for autograd as ``torch.func`` wants it: the context is set up apart from the run."""
+    methods = {
+        "forward": lambda *args: _no_views(run(*args)),
+        "setup_context": setup_context or (lambda ctx, inputs, output: None),
+        "backward": backward,
+        "jvp": _no_forward_mode,
+    }
+    static = {key: staticmethod(method) for key, method in methods.items()}
+    return type(name, (torch.autograd.Function,), {**static, "generate_vmap_rule": True})
+
+
 def scalars(terms: Tensor) -> list[Tensor]:
     """The elements of ``terms (4,)``, one by one: autograd lets nobody change one of ``unbind``'s views in place."""
     return [terms[i] for i in range(4)]
+
+
+def _no_views(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Nor a view that a Function made."""
+    return tuple(x.data if x._is_view() else x for x in outputs)
 
 
 def _all(*outputs: Tensor) -> tuple[Tensor, ...]:
@@ -119,7 +139,7 @@ def _define(
             return op(*args)
 
     run, *others = direct or (kernel, setup_context, results, backward)
-    dispatched = _function(name, below_autograd, setup_context, _all, backward)
+    dispatched = _transformable(name, below_autograd, setup_context, backward)
     # Of Function.apply the part below Python: what is above it serves transforms, which see no plain call.
     record = super(torch.autograd.Function, _function(name, run, *others)).apply
     direct_results = others[1]
@@ -135,7 +155,9 @@ def _define(
         tensors = [x for x in args[:given] if isinstance(x, Tensor)]
         if _plain(tensors):
             return record(*args) if _recorded(tensors) else direct_results(*run(*args))
-        return results(*op(*args))
+        # Transforms take a Function before the dispatcher has seen the call; what compiles takes the operator.
+        transformed = not torch.compiler.is_dynamo_compiling() and torch._C._are_functorch_transforms_active()
+        return results(*(dispatched.apply if transformed else op)(*args))
 
     return call
 

@@ -12,7 +12,8 @@ Bad arguments raise ValueError or TypeError that name the argument, before any k
 they do in plain PyTorch, except that a gradient that reads the chosen cells alone is finite where only others are not;
 one-hot products (of ``triton``, and of ``cuda`` on Hopper) multiply the others by 0, as PyTorch does.
 Second derivatives, and derivatives in forward mode, exist on ``backend="reference"`` only, and not of
-:func:`distributed_fnac_loss`. Under ``torch.compile`` each other ``tau`` or ``weights`` compiles anew.
+:func:`distributed_fnac_loss`. ``torch.func`` takes first ones in reverse mode (``grad``, ``vjp``, ``jacrev``) of all
+functions but that one. Under ``torch.compile`` each other ``tau`` or ``weights`` compiles anew.
 
 Source of every formula: arXiv 2303.11302; :mod:`fnac_kernels.reference` spells them out.
 """

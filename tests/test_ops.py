@@ -362,6 +362,33 @@ def test_vmap_calls_it_for_each():
     assert equal(both, (fk.fnac_loss(img, aud, 0.1).loss, fk.fnac_loss(img / 2, aud, 0.1).loss))
 
 
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_transforms_take_gradients(op, backend):
+    """As ``torch.func`` does, of one call and of each of several."""
+    img, aud = (x.detach() for x in features())
+    several = torch.stack((img, img / 2)), torch.stack((aud, aud))
+
+    def gradients(name):
+        return torch.func.grad(lambda i, a: sum(x.square().sum() for x in op.run(i, a, 0.1, name)), (0, 1))
+
+    for transformed, inputs in ((lambda g: g, (img, aud)), (torch.func.vmap, several)):
+        got, wanted = (transformed(gradients(name))(*inputs) for name in (backend, "reference"))
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (torch.func.hessian, "no derivatives in forward mode; use backend='reference'"),
+        (lambda f: torch.func.grad(lambda x: torch.func.grad(f)(x).sum()), "no second derivative; use backend='ref"),
+    ],
+)
+def test_transforms_of_gradients_are_refused(transform, message):
+    img, aud = (x.detach() for x in features())
+    with pytest.raises((NotImplementedError, RuntimeError), match=message):
+        transform(lambda a: fk.fnac_loss(img, a, 0.1).loss)(aud)
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_an_exported_program_calls_the_operator(strict):
     class Module(torch.nn.Module):
