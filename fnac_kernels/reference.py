@@ -63,7 +63,7 @@ def paired_maps(img: Tensor, aud: Tensor, tau: float) -> Tensor:
 
 def foreground_mask(maps: Tensor, threshold: float) -> Tensor:
     """``minmax(maps) > threshold`` per map, a boolean ``(N, H, W)`` without gradient."""
-    maps = maps.detach()
+    maps = _wide(maps.detach())
     low = maps.amin(dim=(1, 2), keepdim=True)
     high = maps.amax(dim=(1, 2), keepdim=True)
     return (maps - low) / (high - low + MINMAX_EPS) > threshold

@@ -75,6 +75,16 @@ def test_pairs_at_the_threshold_are_false_negatives(backend, tau, threshold):
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("backend", ["reference", *USABLE])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_maps_of_16_bits_are_normalised_in_float32(backend, dtype):
+    """In their own digits many cells would fall on the wrong side of the threshold."""
+    device = "cpu" if backend == "reference" else _dispatch.BACKENDS[backend].takes
+    img, maps = torch.rand(5, 8, 6, 7, device=device), torch.randn(5, 6, 7, device=device).to(dtype)
+    got, wanted = (fk.foreground_pool(img, x, backend=backend) for x in (maps, maps.float()))
+    assert torch.equal(got, wanted)
+
+
 @pytest.mark.parametrize("backend", USABLE)
 def test_large_logits_keep_the_digits_of_their_softmaxes(backend):
     """In one float32 a log-sum-exp of 37, of a row or of a column, would put 5e-7 of error on each element."""
