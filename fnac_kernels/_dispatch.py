@@ -162,10 +162,12 @@ class use_backend:
             check_name(name, "name")
             if name != REFERENCE:
                 BACKENDS[name].load()
-        self._previous = _override
+        self._name, self._previous = name, _override
         _override = name
 
     def __enter__(self) -> use_backend:
+        global _override
+        _override = self._name  # again: the block may be its second
         return self
 
     def __exit__(self, *_: object) -> None:

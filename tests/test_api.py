@@ -209,6 +209,17 @@ def test_argument_before_block_before_environment(monkeypatch):
     assert used == ["reference", "cpu", "reference", "cpu", "cpu", "reference"]
 
 
+def test_an_order_that_is_kept_holds_in_each_block(monkeypatch):
+    used = spy(monkeypatch)
+    monkeypatch.setattr(_dispatch, "_FROM_ENVIRONMENT", None)
+    by_reference = fk.use_backend("reference")
+    for _ in range(2):
+        with by_reference:
+            fk.max_logits(IMG, AUD)
+        fk.max_logits(IMG, AUD)
+    assert used == ["reference", "cpu"] * 2
+
+
 def test_float64_runs_on_the_reference(monkeypatch):
     used = spy(monkeypatch)
     monkeypatch.setattr(_dispatch, "_FROM_ENVIRONMENT", None)
