@@ -86,11 +86,15 @@ def cuda_problem() -> str | None:
 
 
 def cpu_features() -> dict[str, Any]:
-    """The instruction set in use and those that this machine could run."""
+    """The instruction set in use, or why the one that is ordered cannot be; and those that this machine could run."""
     loaded, _ = _load()
     if loaded is None:
         return {"instruction_set": None, "available": []}
-    return {"instruction_set": loaded.isa(), "available": loaded.isas()}
+    try:
+        used = loaded.isa()
+    except RuntimeError as error:
+        used = str(error)
+    return {"instruction_set": used, "available": loaded.isas()}
 
 
 def empty_cache() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -183,6 +184,9 @@ def test_an_unknown_instruction_set_is_an_error_that_names_those_there_are():
     assert done.returncode != 0
     assert "FNAC_CPU_ISA is 'mmx'" in done.stderr
     assert all(isa in done.stderr for isa in ISAS)
+    told = run_pinned("mmx", "-m", "fnac_kernels")  # the command that is to say what is wrong
+    assert told.returncode == 0, told.stderr
+    assert re.search("cpu instruction_set +FNAC_CPU_ISA is 'mmx'; this machine and build run ", told.stdout)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 40])
