@@ -348,6 +348,34 @@ for value in (2.0**-24, 1000 * 2.0**-24, 2.0**-14, -3 * 2.0**-24):
     assert done.returncode == 0, done.stderr
 
 
+FIRST_CALL = """
+import torch, fnac_kernels as fk
+from torch._subclasses.fake_tensor import FakeTensorMode
+img, aud = torch.randn(4, 8, 3, 3), torch.randn(4, 8)
+def call(img, aud):
+    return fk.fnac_loss(img, aud, 0.1, backend="cpu")
+{first}
+got, wanted = call(img, aud), fk.fnac_loss(img, aud, 0.1, backend="reference")
+torch.testing.assert_close(tuple(got), tuple(wanted), rtol=1e-3, atol=1e-3)
+"""
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "torch.set_default_dtype(torch.float64)",
+        "torch.set_default_dtype(torch.bfloat16)",
+        "with torch.device('meta'): call(img, aud)",
+        "with FakeTensorMode() as mode: call(mode.from_tensor(img), mode.from_tensor(aud))",
+    ],
+)
+def test_what_the_first_call_meets_stays_with_it(first):
+    """Defaults and modes at the time when the backend is imported."""
+    code = FIRST_CALL.format(first=first)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_nan_and_inf_propagate_as_in_the_reference(value, layout):

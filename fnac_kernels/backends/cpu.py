@@ -16,7 +16,6 @@ _MOST_KEPT = 2048
 #: Bytes from which a gradient of the image features, or the loss's state, lies in memory that is kept for the next: a
 #: smaller one would waste most of a huge page.
 _KEPT_FROM = 1 << 20
-_SCALAR = torch.empty(())
 
 
 def row_stats_columns(n: int, weights: Sequence[float], adjacency_threshold: float | None) -> int:
@@ -212,8 +211,10 @@ def loss(
     n, c, h, w = img.shape
     floats = _state_floats(n, c, h * w, weights, adjacency_threshold)
     maps, state, wide = _floats(img, n, h, w), _kept_floats(img, floats), aud.float()
-    # Views of one tensor would have to be made, and made independent of each other.
-    values = [torch.empty_like(_SCALAR) for _ in range(5)]
+    # Views of one tensor would have to be made, and made independent of each other. A scalar kept for all calls would
+    # be of the default dtype and the mode that the first one met.
+    scalar = img.new_empty((), dtype=torch.float32)
+    values = [scalar, *[torch.empty_like(scalar) for _ in range(4)]]
     _kernels.loss(
         _native.image(img),
         wide.data_ptr(),
