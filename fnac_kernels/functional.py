@@ -10,7 +10,8 @@ first; ``reference`` where none is usable); a name is an order, never falls back
 
 Bad arguments raise ValueError or TypeError that name the argument, before any kernel runs. NaN and inf propagate as
 they do in plain PyTorch, except that a gradient that reads the chosen cells alone is finite where only others are not;
-one-hot products (of ``triton``, and of ``cuda`` on Hopper) multiply the others by 0, as PyTorch does.
+one-hot products (of ``triton``, and of ``cuda`` on Hopper) multiply the others by 0, as PyTorch does. Gradients of a
+distance that is NaN may be NaN where PyTorch, whose sign of NaN is 0, has numbers.
 Second derivatives, and derivatives in forward mode, exist on ``backend="reference"`` only, and not of
 :func:`distributed_fnac_loss`. ``torch.func`` takes first ones in reverse mode (``grad``, ``vjp``, ``jacrev``) of all
 functions but that one. Under ``torch.compile`` each other ``tau`` or ``weights`` compiles anew.
