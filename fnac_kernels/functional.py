@@ -4,6 +4,7 @@ Common to all: ``img`` is the image feature map ``(N, C, H, W)``, contiguous or 
 embedding ``(M, C)``, both usually L2-normalised over C by the caller (nothing here needs that). Both are float32,
 bfloat16 or float16 (float64 runs on the reference). Results are float32 (float64 for float64), gradients have their
 input's dtype. Under autocast the features are rounded to the autocast dtype first, as ``einsum`` would cast them.
+Of a float32 ``img``, ``cpu`` rounds what it multiplies in bfloat16 and nothing else.
 
 ``backend``: None chooses by device (CPU tensors: ``cpu``; CUDA tensors: ``triton``, then ``cuda``, on Hopper ``cuda``
 first; ``reference`` where none is usable); a name is an order, never falls back, and says why it cannot be followed.
