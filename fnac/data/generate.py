@@ -119,10 +119,9 @@ def make_data(
 def _is_reusable(root: Path, wanted: dict[str, Any], overwrite: bool) -> bool:
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
-    manifest = root / "manifest.json"
-    if not manifest.is_file():
-        raise FileExistsError(f"root: {root} exists and is not a generated data set (it has no manifest.json)")
-    found = json.loads(manifest.read_text())
+    found = _read_manifest(root / "manifest.json")
+    if found is None:
+        raise FileExistsError(f"root: {root} exists and is not a generated data set (it has no manifest.json of one)")
     if found == wanted:
         return True
     if not overwrite:
@@ -131,6 +130,15 @@ def _is_reusable(root: Path, wanted: dict[str, Any], overwrite: bool) -> bool:
             f"root: {root} holds a data set made with {', '.join(differ)}; choose another folder or ask to overwrite it"
         )
     return False
+
+
+def _read_manifest(path: Path) -> dict[str, Any] | None:
+    """None if there is none, or another program's: web applications have files of that name too."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return found if isinstance(found, dict) and {"format", "classes"} <= found.keys() else None
 
 
 def available_cores() -> int:

@@ -92,8 +92,11 @@ def test_other_parameters_need_leave_to_overwrite(tmp_path):
     assert json.loads((made / "manifest.json").read_text())["seed"] == 2
 
 
-def test_a_folder_that_is_not_a_generated_set_is_never_replaced(tmp_path):
+@pytest.mark.parametrize("manifest", [None, '{"name": "an application"}', "[]", '{"for'])
+def test_a_folder_that_is_not_a_generated_set_is_never_replaced(tmp_path, manifest):
     (tmp_path / "holiday.jpg").write_bytes(b"precious")
+    if manifest is not None:
+        (tmp_path / "manifest.json").write_text(manifest)
     with pytest.raises(FileExistsError, match=r"no manifest\.json"):
         make_data(tmp_path, overwrite=True, workers=0, **SMALL)
     assert (tmp_path / "holiday.jpg").read_bytes() == b"precious"
