@@ -95,7 +95,7 @@ def make_data(
         ``root`` as a path.
 
     Raises:
-        ValueError: a parameter is out of range.
+        ValueError: a parameter is out of range, or ``root`` is the current folder.
         FileExistsError: ``root`` holds a data set made with other parameters (and ``overwrite`` is not set), or
             something that is not a generated data set (which is never overwritten).
     """
@@ -105,12 +105,15 @@ def make_data(
     root = Path(root)
     if _is_reusable(root, recipe.manifest(), overwrite):
         return root
-    partial_root = root.with_name(f".{root.name}.{os.getpid()}.partial")
+    place = root.resolve()  # of a link, what it leads to: perhaps another disk, where there is room
+    if place == Path.cwd():
+        raise ValueError(f"root must not be the current folder, which would be replaced, got {str(root)!r}")
+    partial_root = place.with_name(f".{place.name}.{os.getpid()}.partial")
     try:
         _write(partial_root, recipe, available_cores() if workers is None else workers, progress)
-        if root.exists():
-            shutil.rmtree(root)
-        partial_root.rename(root)
+        if place.exists():
+            shutil.rmtree(place)
+        partial_root.rename(place)
     finally:
         shutil.rmtree(partial_root, ignore_errors=True)
     return root

@@ -102,6 +102,21 @@ def test_a_folder_that_is_not_a_generated_set_is_never_replaced(tmp_path, manife
     assert (tmp_path / "holiday.jpg").read_bytes() == b"precious"
 
 
+def test_where_a_link_leads_the_data_set_is_made(tmp_path):
+    (tmp_path / "disk" / "set").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "set")
+    for seed in (1, 2):
+        made = make_data(tmp_path / "link", seed=seed, workers=0, overwrite=True, **SMALL)
+        assert made.is_symlink()
+        assert json.loads((tmp_path / "disk" / "set" / "manifest.json").read_text())["seed"] == seed
+
+
+def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"root must not be the current folder, .* got '\.'"):
+        make_data(".", workers=0, **SMALL)
+
+
 def test_an_interrupted_run_leaves_nothing_behind(tmp_path, monkeypatch):
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
