@@ -72,9 +72,14 @@ def pointing(maps: Tensor, gt: Tensor) -> Tensor:
 def _flat(maps: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:
     if maps.ndim != 3 or maps.shape != gt.shape:
         raise ValueError(f"maps and gt must both have shape (N, S, S), got {tuple(maps.shape)} and {tuple(gt.shape)}")
+    check_finite(maps)
+    return maps.flatten(1), gt.flatten(1)
+
+
+def check_finite(maps: Tensor) -> None:
+    """Raise ValueError for maps with NaN or infinite values, which comparisons would turn into a score."""
     if not maps.isfinite().all():
         raise ValueError("maps must be finite, got NaN or infinite values")
-    return maps.flatten(1), gt.flatten(1)
 
 
 def _consensus_iou(predicted: Tensor, gt: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from fnac.metrics import Scored, minmax
+from fnac.metrics import Scored, check_finite, minmax
 
 BETA_SQUARED = 0.3
 CUTS = torch.linspace(0, 1, 255)  # of the F-score, where a pixel counts as predicted from the cut on
@@ -15,6 +15,7 @@ CUTS = torch.linspace(0, 1, 255)  # of the F-score, where a pixel counts as pred
 
 def scaled(maps: Tensor) -> Tensor:
     """Each map ``(N, S, S)`` scaled to 0..1, float32; a constant one becomes 1: it marks every pixel."""
+    check_finite(maps)
     low, high = maps.amin(dim=(1, 2), keepdim=True), maps.amax(dim=(1, 2), keepdim=True)
     return torch.where(high > low, minmax(maps), 1).float()
 

@@ -66,6 +66,13 @@ def test_a_constant_map_marks_every_pixel():
     assert mask_iou(scaled(torch.full((1, 4, 4), 0.3)), mask).tolist() == [0.25]
 
 
+def test_a_map_that_is_not_finite_has_no_score():
+    maps, masks = samples()
+    maps[2, 3, 4] = torch.nan
+    with pytest.raises(ValueError, match="maps must be finite, got NaN"):
+        SegmentationScores().update(maps, masks, torch.arange(6))
+
+
 def test_the_data_sets_f_score_does_not_depend_on_batches_and_the_batches_does():
     maps, masks = samples()
     found = {}
