@@ -173,8 +173,11 @@ def main(args: list[str] | None = None) -> None:
     except Exception as error:
         if not _explains_itself(error):
             raise
+        message = str(error).strip()
         # Of an error in a loader's process torch makes its traceback, which ends with the error's own words.
-        sys.exit(f"fnac: {str(error).strip().rpartition(f'{type(error).__name__}: ')[2]}")
+        if message.startswith("Caught "):
+            message = message.rpartition(f"{type(error).__name__}: ")[2]
+        sys.exit(f"fnac: {message}")
 
 
 def run_lightning(args: list[str] | None) -> None:

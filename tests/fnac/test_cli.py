@@ -196,6 +196,13 @@ def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch, arguments, message
         main(arguments)
 
 
+def test_a_box_that_cannot_be_is_told_with_its_file_and_entry(run, tmp_path, generated):
+    (tmp_path / "boxes.json").write_text('[{"file": "test_000000", "class": "bell", "bbox": [[0, 0, 112, 112]]}]')
+    test = [f"--data.test.root={generated}/test", "--data.test.annotations=boxes.json"]
+    with pytest.raises(SystemExit, match=r"^fnac: boxes\.json, entry 0: ValueError: box \[0, 0, 112, 112\] should be"):
+        run("test", *test)
+
+
 def test_a_scheduler_needs_an_optimizer(run):
     with pytest.raises(SystemExit, match=r"^fnac: --lr_scheduler is given without --optimizer"):
         run("fit", "--lr_scheduler=StepLR", "--lr_scheduler.step_size=1")
