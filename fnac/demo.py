@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from fnac.callbacks import BestAndLast, History
-from fnac.data.datamodule import ClipData
+from fnac.data.datamodule import ClipData, single_for_training
 from fnac.data.generate import make_data
 from fnac.pictures import choose_examples, gallery, to_png
 from fnac.report import write_report
@@ -102,13 +102,14 @@ def demo(
 
 def _check(settings: DemoSettings) -> None:
     """Refuse what could not be trained or scored before anything is trained."""
-    for name in ("val", "test", "single", "encoder_epochs", "epochs", "batch_size"):
-        if (value := getattr(settings, name)) < 1:
-            raise ValueError(f"{name} is {value}; it should be at least 1")
-    if min(settings.train, settings.single) < settings.batch_size:
+    for name in ("seed", "warmup_epochs", "val", "test", "single", "encoder_epochs", "epochs", "batch_size"):
+        least = 0 if name in ("seed", "warmup_epochs") else 1
+        if (value := getattr(settings, name)) < least:
+            raise ValueError(f"{name} is {value}; it should be at least {least}")
+    if min(settings.train, single_for_training(settings.single)) < settings.batch_size:
         raise ValueError(
-            f"train is {settings.train}, single {settings.single}; both should be at least batch_size, which is "
-            f"{settings.batch_size}: training takes whole batches"
+            f"train is {settings.train}, single {settings.single}; train and nine tenths of single should be at least "
+            f"batch_size, which is {settings.batch_size}: training takes whole batches"
         )
 
 

@@ -235,6 +235,11 @@ def generated_split(root: str | Path, split: str) -> ClipFolder | None:
     return ClipFolder(str(folder), audio=audio, annotations=str(folder / "annotations.json"))
 
 
+def single_for_training(frames: int) -> int:
+    """How many of so many single-object frames are trained on: all but a tenth, or one, for the accuracy."""
+    return frames - max(frames // 10, 1)
+
+
 def single_object_loaders(
     root: str | Path, *, image_size: int, batch_size: int, seed: int
 ) -> tuple[DataLoader, DataLoader]:
@@ -247,7 +252,7 @@ def single_object_loaders(
         raise ValueError(f"root: {root} was made without single-object frames")
     reading: dict[str, Any] = {"image_size": image_size, "cache": True}
     names = ClipDataset(folder).names
-    cut = len(names) - max(len(names) // 10, 1)
+    cut = single_for_training(len(names))
     if cut < batch_size:
         raise ValueError(f"batch_size must be at most {cut}, the number of frames to train on, got {batch_size}")
     train = ClipDataset(folder, **reading, names=names[:cut], augmentation=Augmentation(), seed=seed)

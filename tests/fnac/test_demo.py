@@ -95,7 +95,14 @@ def test_another_setting_needs_another_folder(run):
 
 @pytest.mark.parametrize(
     ("setting", "message"),
-    [({"val": 0}, "val is 0; it should be at least 1"), ({"epochs": 0}, "epochs is 0"), ({"train": 4}, "train is 4, ")],
+    [
+        ({"val": 0}, "val is 0; it should be at least 1"),
+        ({"epochs": 0}, "epochs is 0"),
+        ({"train": 4}, "train is 4, "),
+        ({"single": 8}, "single 8; train and nine tenths of single should be at least batch_size, which is 8"),
+        ({"seed": -1}, "seed is -1; it should be at least 0"),
+        ({"warmup_epochs": -1}, "warmup_epochs is -1; it should be at least 0"),
+    ],
 )
 def test_what_cannot_be_trained_or_scored_is_told_first(tmp_path, setting, message):
     with pytest.raises(ValueError, match=message):
