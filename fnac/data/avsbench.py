@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from fnac.data.annotations import Annotation
 from fnac.data.clip import Clip, ClipList
+from fnac.data.ids import read_rows
 
 FRAMES = 5  # of a video, one a second; those of training have a mask for the first alone
 META_DATA = "_meta_data.csv"
@@ -62,12 +62,11 @@ def list_frames(subset: AVSBench) -> ClipList:
 
 
 def _videos(path: Path, split: str) -> list[tuple[str, str]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        if not reader.fieldnames or "split" not in reader.fieldnames:
-            raise ValueError(f"{path} should have a column split, its headings are {reader.fieldnames}")
-        first = reader.fieldnames[0]
-        videos = [(row[first], row.get("category") or "") for row in reader if row["split"] == split]
+    headings, *rows = read_rows(path) or [[]]
+    if "split" not in headings:
+        raise ValueError(f"{path} should have a column split, its headings are {headings}")
+    listed = [dict(zip(headings, row, strict=False)) for row in rows]
+    videos = [(row[headings[0]], row.get("category") or "") for row in listed if row.get("split") == split]
     if not videos:
         raise ValueError(f"{path} lists no videos of split {split!r}")
     return videos

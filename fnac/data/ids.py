@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 FRAME_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 SOUND_SUFFIXES = frozenset({".aif", ".aiff", ".flac", ".mp3", ".ogg", ".opus", ".wav"})
@@ -23,6 +25,21 @@ def clip_id(name: str) -> str:
     name = re.split(r"[/\\]", name.strip())[-1]
     stem, suffix = os.path.splitext(name)
     return stem if suffix.lower() in MEDIA_SUFFIXES else name
+
+
+def read_rows(path: Path) -> list[list[str]]:
+    """The rows of a csv file.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, it is not UTF-8, or no csv.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            return list(csv.reader(file))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be text in UTF-8: {error}") from error
+    except csv.Error as error:
+        raise ValueError(f"{path} cannot be read as csv (a quotation mark that is not closed?): {error}") from error
 
 
 def row_id(row: Sequence[str]) -> str:

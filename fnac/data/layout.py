@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from fnac.data.annotations import read_annotations
 from fnac.data.clip import Clip, ClipList, some
-from fnac.data.ids import FRAME_SUFFIXES, HEADINGS, SOUND_SUFFIXES, row_id
+from fnac.data.ids import FRAME_SUFFIXES, HEADINGS, SOUND_SUFFIXES, read_rows, row_id
 from fnac.data.negatives import make_negatives
 
 
@@ -54,11 +53,7 @@ def read_ids(path: str | Path) -> list[str]:
 
 
 def _listed(path: Path) -> list[str]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [row for row in csv.reader(file) if row and row[0].strip() and not row[0].startswith("#")]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be text in UTF-8: {error}") from error
+    rows = [row for row in read_rows(path) if row and row[0].strip() and not row[0].startswith("#")]
     if rows and row_id(rows[0]).lower() in HEADINGS:
         del rows[0]
     return list(dict.fromkeys(map(row_id, rows)))

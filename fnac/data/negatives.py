@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from fnac.data.annotations import Annotation
 from fnac.data.clip import SILENCE, Clip
-from fnac.data.ids import clip_id
+from fnac.data.ids import clip_id, read_rows
 
 KINDS = ("silent", "mismatched")
 
@@ -62,8 +61,7 @@ def _label(clip: Clip) -> str:
 
 
 def _listed(path: Path, frames: Mapping[str, Path], sounds: Mapping[str, Path]) -> tuple[list[Clip], list[str]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = [row for row in csv.reader(file) if len(row) > 1 and (len(row) == 2 or row[2].strip() == "non-sounding")]
+    rows = [row for row in read_rows(path) if len(row) > 1 and (len(row) == 2 or row[2].strip() == "non-sounding")]
     pairs = [(clip_id(row[0]), clip_id(row[1])) for row in rows]
     if not pairs:
         raise ValueError(f"negatives: {path} lists none; it should have rows of a frame's id and a sound's")

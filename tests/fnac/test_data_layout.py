@@ -252,6 +252,12 @@ def test_a_list_in_another_encoding_is_named(tmp_path):
         read_ids(tmp_path / "a.txt")
 
 
+def test_a_list_with_a_quotation_mark_that_is_not_closed_is_named(tmp_path):
+    (tmp_path / "a.csv").write_text('zpWuikVorYg_000032,"dog\n' + "zpWuikVorYg_000042,cat\n" * 6000)
+    with pytest.raises(ValueError, match=r"a\.csv cannot be read as csv \(a quotation mark that is not closed\?\)"):
+        read_ids(tmp_path / "a.csv")
+
+
 def test_leakage_can_be_a_warning():
     with pytest.warns(UserWarning, match="1 of the 2 test clips"):
         refuse_leakage(["a", "b"], ["b", "c"], "test", "warn")

@@ -54,6 +54,9 @@ def test_listed_pairs_are_found_and_others_named(tmp_path):
     listed.write_text("a\n")
     with pytest.raises(ValueError, match=r"silent\.csv lists none; it should have rows of a frame's id and a sound's"):
         make_negatives(str(listed), positives(["dog"]), FRAMES, SOUNDS)
+    listed.write_text("a,café\n", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"silent\.csv must be text in UTF-8"):
+        make_negatives(str(listed), positives(["dog"]), FRAMES, SOUNDS)
 
 
 def test_silence_is_no_sound_at_all(generated):

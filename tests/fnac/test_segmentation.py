@@ -193,6 +193,9 @@ def test_what_a_subset_lacks_is_named(single):
     (single / "s4_meta_data.csv").write_text("name,part\nx,test\n")
     with pytest.raises(ValueError, match=r"should have a column split, its headings are \['name', 'part'\]"):
         list_frames(AVSBench(str(single), "test"))
+    (single / "s4_meta_data.csv").write_text("name,split\ncafé,test\n", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"s4_meta_data\.csv must be text in UTF-8"):
+        list_frames(AVSBench(str(single), "test"))
     (single / "ms3_meta_data.csv").touch()
     with pytest.raises(ValueError, match=r"should hold one subset of AVSBench, .*got \['ms3_.*', 's4_.*'\]"):
         list_frames(AVSBench(str(single), "test"))
