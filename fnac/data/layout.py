@@ -46,7 +46,7 @@ def read_ids(path: str | Path) -> list[str]:
         FileNotFoundError, ValueError: there is no such file, it is not UTF-8, or it lists nothing.
     """
     path = Path(path)
-    ids = list(read_annotations(path)) if path.suffix == ".json" else _listed(path)
+    ids = list(read_annotations(path)) if path.suffix.lower() == ".json" else _listed(path)
     if not ids:
         raise ValueError(f"{path} lists no clips")
     return ids

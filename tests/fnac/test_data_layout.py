@@ -22,10 +22,11 @@ def touch(folder: Path, *names: str) -> None:
 def test_ids_come_from_text_csv_or_json_once_each(tmp_path):
     (tmp_path / "a.txt").write_text("x_000001\n-y_000002\r\n\nx_000001\n")
     (tmp_path / "b.csv").write_text("x_000001,202\n-y_000002,0\n")
-    (tmp_path / "c.json").write_text(
-        json.dumps([{"file": n, "class": "c", "bbox": []} for n in ("x_000001", "-y_000002")])
-    )
-    for name in ("a.txt", "b.csv", "c.json"):
+    for name in ("c.json", "d.JSON"):
+        (tmp_path / name).write_text(
+            json.dumps([{"file": n, "class": "c", "bbox": []} for n in ("x_000001", "-y_000002")])
+        )
+    for name in ("a.txt", "b.csv", "c.json", "d.JSON"):
         assert read_ids(tmp_path / name) == ["x_000001", "-y_000002"]
 
 
