@@ -123,6 +123,10 @@ class Localization(LightningModule):
         self.results: dict[str, dict[str, float]] = {}
         self.clip_scores: dict[str, dict[str, Tensor]] = {}
 
+    def configure_model(self) -> None:
+        """Take the trainer's precision: it would do so after loading a checkpoint, whose float64 were rounded then."""
+        self.trainer.precision_plugin.convert_module(self)
+
     def forward(self, image: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised features ``img (N, C, H, W)`` and ``aud (N, C)``."""
         return self.model(image.contiguous(memory_format=self.memory_format), audio)

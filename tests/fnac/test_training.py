@@ -123,6 +123,18 @@ def test_a_killed_run_goes_on_within_its_epoch_to_the_same_weights(tmp_path, gen
         assert torch.equal(ours, theirs), name
 
 
+def test_float64_weights_are_not_rounded_where_a_run_goes_on(tmp_path, make_model, make_clips):
+    def run(ckpt_path=None):
+        model, saving = make_model(), BestAndLast(dirpath=str(tmp_path / "kept"))
+        options = {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 0, "precision": "64-true"}
+        trainer(tmp_path, saving, **options).fit(model, make_clips(), ckpt_path=ckpt_path, weights_only=True)
+        return flat(model)
+
+    trained = run()
+    assert not torch.equal(trained, trained.float().double())
+    assert torch.equal(run(tmp_path / "kept" / "last.ckpt"), trained)
+
+
 class Fail(Callback):
     """Fails, or has Lightning stop the run, where the fifth step is to begin."""
 
