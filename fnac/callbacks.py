@@ -97,6 +97,15 @@ class BestAndLast(ModelCheckpoint):
         together = trainer.world_size == 1 or isinstance(exception, SIGTERMException)  # else the others would not come
         if trainer.training and together and self._between_batches(trainer):
             self._keep_last(trainer)
+        # Processes that validate are stopped at different batches, so one alone keeps what it was validating.
+        trained = self.between_steps or trainer.is_last_batch
+        if self.fitting and trainer.validating and trainer.world_size == 1 and trained:
+            # As if within the first batch, so that the whole split is validated again: scores are not in the file.
+            progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+            progress.reset()
+            progress.increment_ready()
+            progress.increment_started()
+            self._keep_last(trainer)
 
     def _between_batches(self, trainer: Trainer) -> bool:
         """Whether no step is under way, and the epoch has not ended either."""

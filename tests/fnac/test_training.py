@@ -183,6 +183,41 @@ def test_a_run_stopped_within_an_epoch_goes_on_with_the_batches_left(tmp_path, m
     assert torch.equal(flat(resumed), flat(uninterrupted))
 
 
+class Stop(Callback):
+    """Stops the run in the first of the second epoch's two batches of validation."""
+
+    def __init__(self, how):
+        self.how = how
+
+    def on_validation_batch_start(self, trainer, *_):
+        if trainer.global_step == 6 and self.how == "sigterm":
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif trainer.global_step == 6:
+            raise RuntimeError("failed")
+
+
+@pytest.mark.parametrize("how", ["sigterm", "exception"])
+def test_a_run_stopped_while_it_validates_goes_on_with_the_whole_validation(tmp_path, make_model, make_clips, how):
+    def run(folder, *callbacks, ckpt_path=None):
+        model, history = make_model(warmup_epochs=1), History()
+        saving = BestAndLast("ciou", dirpath=str(tmp_path / folder))
+        trainer(tmp_path, *callbacks, history, saving, max_epochs=3).fit(
+            model, make_clips(), ckpt_path=ckpt_path, weights_only=True
+        )
+        return model, history, saving
+
+    with pytest.raises(SystemExit if how == "sigterm" else RuntimeError):
+        run("stopped", Stop(how))
+    path = tmp_path / "stopped" / "last.ckpt"
+    assert torch.load(path, weights_only=True)["global_step"] == 6
+    resumed, continued, kept = run("resumed", ckpt_path=path)
+    uninterrupted, whole, best = run("whole")
+    assert continued.train == whole.train
+    assert continued.val == whole.val
+    assert kept.best_model_score == best.best_model_score
+    assert torch.equal(flat(resumed), flat(uninterrupted))
+
+
 def test_checkpoints_are_written_where_they_belong(tmp_path, make_model, make_clips, monkeypatch):
     """A file brought from the folder of temporary files is copied, where that is on another disk."""
 
