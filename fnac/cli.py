@@ -25,6 +25,7 @@ from fnac.data.generate import make_data
 from fnac.data.leakage import check_leakage
 from fnac.demo import demo
 from fnac.evaluation import Score
+from fnac.files import check_writable
 from fnac.prediction import PredictionWriter
 from fnac.results import render, write_clips, write_results
 from fnac.training import MODEL, Localization, accelerator, fast_precision
@@ -59,11 +60,14 @@ class LocalizationCLI(LightningCLI):
         command = self.config["subcommand"]
         if self.config[command].get("lr_scheduler") and not self.config[command].get("optimizer"):
             raise ValueError("--lr_scheduler is given without --optimizer; both are needed, --optimizer Adam for one")
-        results = self.config[command]["results"]
-        if not results.endswith(".json"):
+        results = Path(self.config[command]["results"])
+        if results.suffix != ".json":
             raise ValueError(
-                f"--results should be a .json file, got {results!r}; each clip's scores go to a .csv beside it"
+                f"--results should be a .json file, got {str(results)!r}; each clip's scores go to a .csv beside it"
             )
+        if command == "test":
+            for written in (results, results.with_suffix(".csv")):  # rather than after hours of evaluation
+                check_writable(written)
         path = self.config[command]["ckpt_path"]
         if path in ("best", "last"):  # Lightning's words for what the same process has trained
             raise ValueError(f"ckpt_path must be a file, such as runs/.../checkpoints/{path}.ckpt, got {path!r}")

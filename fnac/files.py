@@ -8,6 +8,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def check_writable(path: str | Path) -> None:
+    """Make the folder of a file that is to be written later.
+
+    Raises:
+        OSError: it cannot be made or written to, or the file's name is a folder's.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; it should be a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: no permission to write in {path.parent}")
+
+
 @contextmanager
 def once_whole(path: str | Path) -> Iterator[Path]:
     """Another name to write a file under; it appears as ``path`` only if that succeeds. Makes the folder."""

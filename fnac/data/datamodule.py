@@ -299,12 +299,14 @@ class ResumableLoader(DataLoader):
         batch_size, skipped = self.batch_size or 1, 0
         if isinstance(self.sampler, EpochSampler):
             self.sampler.skip = self.given * batch_size
-        for batch in super().__iter__():
-            self.given += 1
-            skipped += batch_size - len(batch["name"])
-            if skipped and self.given == len(self):  # Lightning counts, and does not ask for more than the last one
-                warnings.warn(f"epoch {self._epoch()}: {skipped} unreadable training clips were skipped", stacklevel=2)
-            yield batch
+        try:
+            for batch in super().__iter__():
+                self.given += 1
+                skipped += batch_size - len(batch["name"])
+                yield batch
+        finally:  # Lightning does not ask for more than the last batch it wants, and drops the pass instead
+            if skipped:
+                warnings.warn(f"epoch {self.begun}: {skipped} unreadable training clips were skipped", stacklevel=2)
 
     def _epoch(self) -> int:
         # Lightning replaces the sampler where it is told to overfit some batches.

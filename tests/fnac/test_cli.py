@@ -187,11 +187,16 @@ def test_a_file_that_is_no_checkpoint_is_named(run, tmp_path, content):
         (["fit"], "train: there are no train clips"),
         (["fit", "--data.root=nowhere"], "root: nowhere holds no generated data set"),
         (["fit", "--model.tau=0"], "tau is 0.0; it should be positive"),
+        (["test", "--results=scores.txt"], r"--results should be a \.json file, got 'scores\.txt'"),
+        (["test", "--results=folder/scores.json"], r"folder/scores\.csv is a folder; it should be a file"),
+        (["test", "--results=file/scores.json"], "File exists: 'file'"),
         (["check-leakage", "a.txt", "b.txt"], r"No such file or directory: 'a\.txt'"),
     ],
 )
 def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder" / "scores.csv").mkdir(parents=True)
+    (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match=f"^fnac: .*{message}"):
         main(arguments)
 

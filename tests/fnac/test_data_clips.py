@@ -136,6 +136,9 @@ def test_unreadable_files_are_named_or_skipped_in_training_with_a_count(root, tm
         batches = list(data.train_dataloader())
     assert [len(batch["name"]) for batch in batches] == [13]
     assert "train_000003" not in batches[0]["name"]
+    data = ClipData(str(folder), batch_size=7, on_bad_clip="skip", **SMALL)
+    with pytest.warns(UserWarning, match="epoch 0: 1 unreadable training clips were skipped"):
+        next(batch for batch in data.train_dataloader() if len(batch["name"]) == 6)  # the pass may end here
 
 
 def test_missing_files_are_found_at_setup_and_named_or_left_out_of_training(root, tmp_path):
