@@ -102,6 +102,23 @@ def test_large_logits_keep_the_digits_of_their_softmaxes(backend):
     assert float((gradient(torch.float32, backend) - wanted).norm() / wanted.norm()) < 3e-7
 
 
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("left_out", [float("-inf"), -1e9])
+def test_pairs_that_the_caller_left_out_of_the_logits(backend, left_out):
+    """Their softmax is 0 for certain, and the sign of its distance from the other: no rounding decided it."""
+    device = _dispatch.BACKENDS[backend].takes
+    logits = 3 * torch.randn(6, 6, device=device)
+    logits[0, 1] = logits[3, 2] = logits[5, 0] = left_out
+    inputs = [logits, *(torch.randn(6, 8, device=device) for _ in range(3))]
+
+    def gradients(dtype: torch.dtype, backend: str) -> tuple[Tensor, ...]:
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        return torch.autograd.grad(sum(fk.adjacency_contrastive(*leaves, 5.0, backend=backend)), leaves)
+
+    for got, wanted in zip(gradients(torch.float32, backend), gradients(torch.float64, "reference"), strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_the_reference_is_its_own_gradient():
     img = torch.randn(3, 4, 2, 3, dtype=torch.float64, requires_grad=True)
     aud = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)

@@ -114,10 +114,12 @@ def sign_of_difference(x, y, px, py, ROUNDING: tl.constexpr):
 
     The backward makes the tiles again, with other roundings than the forward. A sign that is not the one that the row
     sums were made with leaves in the gradient what should cancel: of two equal pairs half a row. So what is within
-    ROUNDING of the logits' size counts as equal, forward and backward.
+    ROUNDING of the logits' size counts as equal, forward and backward. Of the smaller softmax: one of 0 is 0 however
+    large its logit, and of a logit of -inf the product is NaN, within which is nothing.
     """
     d = px - py
-    return tl.where(tl.abs(d) > ROUNDING * (tl.abs(x) + tl.abs(y)) * px, tl.where(d > 0, 1.0, -1.0), 0.0)
+    within = ROUNDING * (tl.abs(x) + tl.abs(y)) * tl.minimum(px, py)
+    return tl.where(tl.abs(d) <= within, 0.0, tl.where(d > 0, 1.0, -1.0))
 
 
 @triton.jit
