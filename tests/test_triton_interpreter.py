@@ -122,6 +122,41 @@ def test_rows_that_one_pair_has_to_itself_get_no_gradient_from_rounding():
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+MEDIUM = """
+import sys, numpy, torch
+sys.path.insert(0, "tests")
+from samples import BF16, FP16, OPS, Sample
+from tolerance import run
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+multiply = InterpreterBuilder.create_dot
+
+def cut(x):
+    bits = numpy.ascontiguousarray(x.data).view(numpy.uint32) & numpy.uint32(0xFFFFE000)
+    return TensorHandle(bits.view(numpy.float32), x.dtype)
+
+def in_tensor_float(self, a, b, total, precision, *options):  # the interpreter does not look at the precision
+    if a.data.dtype == numpy.float32 and precision.name == "TF32":
+        a, b = cut(a), cut(b)
+    return multiply(self, a, b, total, precision, *options)
+
+InterpreterBuilder.create_dot = in_tensor_float
+loss = next(op for op in OPS if op.name == "fnac_loss")
+for dtype in (BF16, FP16):
+    results = []
+    for precision in ("highest", "medium"):
+        torch.set_float32_matmul_precision(precision)
+        got = run(loss, Sample(9, 9, 40, 2, 2, dtype=dtype, kind="saturated"), "triton")
+        results.append((*got.outputs, got.dimg, got.daud))
+    for highest, medium in zip(*results):
+        assert torch.equal(highest, medium), (dtype, (highest.double() - medium.double()).norm() / highest.norm())
+"""
+
+
+def test_the_precision_of_float32_products_is_not_that_of_16_bit_features():
+    done = interpret("-c", MEDIUM)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 SWEEP = """
 import torch, fnac_kernels as fk
 from fnac_kernels.backends.triton import sweep, tuning

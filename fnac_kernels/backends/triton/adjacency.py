@@ -289,7 +289,10 @@ def adjacency(
     def launch(blocks: tuning.Blocks) -> None:
         slots = triton.cdiv(n, blocks.sizes["BLOCK"])
         tiles = slots * (slots + 1) // 2
-        tile = {"PRECISION": precision(torch.float32), **blocks.options}
+        # The backward multiplies the means of 16-bit features in parts, whatever float32 may be multiplied as: with one
+        # TensorFloat-32 product here its signs would be others.
+        exact = "tf32x3" if aud.dtype != torch.float32 else precision(torch.float32)
+        tile = {"PRECISION": exact, **blocks.options}
         partials = floats(logits, slots, LSE_PLANES.value, n)
         tile_terms = floats(logits, tiles, 3)
         run(
