@@ -206,6 +206,24 @@ def test_values_that_are_not_finite(chip):
     check(emulate("-c", NON_FINITE, FNAC_CUDA_EMULATION_CHIP=chip))
 
 
+SAVED = """
+import torch, fnac_kernels as fk
+def elsewhere(x):
+    return torch.cat((x.new_zeros(1, dtype=x.dtype), x.flatten()))[1:].view(x.shape)
+for dtype in (torch.float32, torch.bfloat16):
+    img, aud = torch.randn(9, 16, 5, 5).to(dtype).requires_grad_(), torch.randn(9, 16).to(dtype).requires_grad_()
+    losses = [fk.fnac_loss(img, aud, 1.0, backend="cuda").loss]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, elsewhere):
+        losses.append(fk.fnac_loss(img, aud, 1.0, backend="cuda").loss)
+    for wanted, got in zip(*(torch.autograd.grad(loss, (img, aud)) for loss in losses)):
+        assert torch.equal(got, wanted)
+"""
+
+
+def test_saved_tensors_may_come_back_at_any_address():
+    check(emulate("-c", SAVED, kind="sanitized"))
+
+
 STEP = """
 import hashlib, sys, torch, fnac_kernels as fk
 torch.manual_seed(0)

@@ -138,6 +138,8 @@ def adjacency_backward(
     weights: tuple[float, ...],
     adjacency_threshold: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if row_stats.data_ptr() % 16:  # a hook of saved tensors may put it anywhere; kernels read four numbers at a time
+        row_stats = row_stats.clone()
     # A gradient that no wanted term reaches is not written by the kernels.
     written = (True, weights[1] or weights[2], weights[3], weights[2])
     like = (logits, aud, img_avg, foreground)
