@@ -96,7 +96,7 @@ def measure(op: Op, case: Case, dtype: str, options: argparse.Namespace, peaks: 
             steps[name] = run
         else:
             row.status, row.detail = "differs", "gives another result than the reference: not timed"
-    timings = interleave(steps, options.device, rounds=options.rounds, seconds=options.seconds)
+    timings = interleave(steps, options.device, rounds=options.rounds, seconds=options.seconds) if steps else {}
     base = timings.get(rivals.BASELINE)
     for name, timing in timings.items():
         row = rows[name]

@@ -13,7 +13,7 @@ import torch
 import bench.distributed
 import fnac_kernels
 from bench import limits, memory, work
-from bench.__main__ import arguments, selected
+from bench.__main__ import arguments, measure, selected
 from bench.cases import CASES, OPS, ChunkedReference
 from bench.results import Row, Run
 from bench.rivals import BASELINE, CONTENDERS, Contender
@@ -126,6 +126,16 @@ def test_the_command_measures_and_writes(tmp_path):
     assert set(rows) == {BASELINE, "cpu"}
     assert rows["cpu"]["status"] == "ok"
     assert rows["cpu"]["ratio"] == pytest.approx(rows[BASELINE]["p50"] / rows["cpu"]["p50"], rel=1e-2)
+
+
+def test_a_case_for_which_nobodys_memory_suffices_is_a_result(monkeypatch):
+    def prepare(op, inputs):
+        raise MemoryError("too large")
+
+    monkeypatch.setitem(CONTENDERS, BASELINE, Contender(BASELINE, prepare))
+    options = arguments().parse_args(["--device", "cpu", "--backends", BASELINE, "--no-memory"])
+    (row,) = measure(OPS["fnac_loss"], TINY, "float32", options, {})
+    assert (row.status, row.detail) == ("out of memory", "MemoryError: too large")
 
 
 def test_the_command_names_a_case_that_an_operation_cannot_do():
