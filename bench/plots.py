@@ -125,6 +125,8 @@ def _panel(axis: Any, curves: dict[str, list[tuple[float, float | None]]], unit:
         mine = CONTENDERS[name].ours
         colour = next(ours if mine else colours)
         points = [(x, y * unit) for x, y in curves[name] if y is not None]
+        if not points:  # out of memory everywhere
+            continue
         label = f"fnac_kernels, {name}" if mine else name
         axis.loglog(*zip(*points, strict=True), "o-", color=colour, label=label, linewidth=2.5 if mine else 1.5, ms=4)
         full = [x for x, y in curves[name] if y is None]

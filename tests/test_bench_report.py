@@ -100,3 +100,14 @@ def test_a_readme_without_markers_is_refused():
 def test_the_plots_are_drawn_for_both_themes(tmp_path):
     plots.draw([RUN], tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["growth-dark.png", "growth-light.png"]
+
+
+def _loss(contender, *cases, **fields):
+    return [Row("fnac_loss", case, "float32", contender, **fields) for case in cases]
+
+
+def test_who_runs_out_of_memory_in_every_case_has_no_curve(tmp_path):
+    rows = _loss("eager", "published", "b1024-7x7", status="out of memory")
+    rows += _loss("cpu", "published", "b1024-7x7", p50=40.0, peak_bytes=34_000_000)
+    plots.draw([dataclasses.replace(RUN, rows=rows)], tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
