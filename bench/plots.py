@@ -90,14 +90,15 @@ def _figure(rows: Sequence[Row], limit: float | None, ink: str, path: Path) -> N
         times = {series: _curves(rows, series, "p50") for series in grown}
         peaks = {series: _curves(rows, series, "peak_bytes") for series in grown}
         lines = 2 if any(y for curves in peaks.values() for points in curves.values() for _, y in points) else 1
+        colours = _colours({name for curves in (*times.values(), *peaks.values()) for name in curves})
         size = (4.5 * len(grown) if len(grown) > 1 else 6, 0.5 + 3 * lines)
         figure, axes = plt.subplots(
             lines, len(grown), figsize=size, layout="constrained", sharex="col", sharey="row", squeeze=False
         )
         for column, series in zip(axes.T, grown, strict=True):
-            _panel(column[0], times[series], 1.0)
+            _panel(column[0], times[series], colours, 1.0)
             if lines == 2:
-                _panel(column[1], peaks[series], 1e-6)
+                _panel(column[1], peaks[series], colours, 1e-6)
                 if limit is not None:
                     column[1].axhline(limit * 1024**3 / 1e6, color=ink, linewidth=0.8, linestyle=":")
             places = sorted({x for points in times[series].values() for x, _ in points})
@@ -107,26 +108,30 @@ def _figure(rows: Sequence[Row], limit: float | None, ink: str, path: Path) -> N
         axes[0, 0].set_ylabel(f"forward + backward, {_dtype(rows)}, ms")
         if lines == 2:
             axes[1, 0].set_ylabel("peak memory beyond inputs, MB")
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        columns = min(len(labels), 2 * len(grown))
-        figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
+        named = {name: line for axis in axes.flat for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+        columns = min(len(named), 2 * len(grown))
+        figure.legend(named.values(), named, loc="outside upper center", ncols=columns, frameon=False)
         temporary = path.with_name(path.name + ".tmp")
         figure.savefig(temporary, format="png", dpi=110, transparent=True, metadata={"Software": None})
         plt.close(figure)
     os.replace(temporary, path)
 
 
-def _panel(axis: Any, curves: dict[str, list[tuple[float, float | None]]], unit: float) -> None:
+def _colours(drawn: set[str]) -> dict[str, str]:
+    """One for each contender, in all panels: some may lack it."""
     colours, ours = iter(COLOURS), iter(OURS)
+    return {name: next(ours if CONTENDERS[name].ours else colours) for name in CONTENDERS if name in drawn}
+
+
+def _panel(
+    axis: Any, curves: dict[str, list[tuple[float, float | None]]], colours: dict[str, str], unit: float
+) -> None:
     above = itertools.cycle((7, -14))  # points: rivals often end close to each other
-    for name in CONTENDERS:
-        if name not in curves:
+    for name, colour in colours.items():
+        points = [(x, y * unit) for x, y in curves.get(name, ()) if y is not None]
+        if not points:  # out of memory everywhere, or not measured
             continue
         mine = CONTENDERS[name].ours
-        colour = next(ours if mine else colours)
-        points = [(x, y * unit) for x, y in curves[name] if y is not None]
-        if not points:  # out of memory everywhere
-            continue
         label = f"fnac_kernels, {name}" if mine else name
         axis.loglog(*zip(*points, strict=True), "o-", color=colour, label=label, linewidth=2.5 if mine else 1.5, ms=4)
         full = [x for x, y in curves[name] if y is None]

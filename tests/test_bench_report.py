@@ -111,3 +111,19 @@ def test_who_runs_out_of_memory_in_every_case_has_no_curve(tmp_path):
     rows += _loss("cpu", "published", "b1024-7x7", p50=40.0, peak_bytes=34_000_000)
     plots.draw([dataclasses.replace(RUN, rows=rows)], tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_contender_has_one_colour_in_all_panels_and_a_line_in_the_legend(tmp_path, monkeypatch):
+    """Here one was measured over the cells alone."""
+    drawn = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda figure, path, **_: drawn.append(path.touch() or figure)
+    )
+    cells = ("b128-4x4", "b128-14x14")
+    rows = _loss("checkpointed", "published", "b1024-7x7", *cells, p50=40.0) + _loss("eager", *cells, p50=40.0)
+    plots.draw([dataclasses.replace(RUN, rows=rows)], tmp_path)
+    batch, over_cells = drawn[0].axes
+    colours = {line.get_label(): line.get_color() for line in over_cells.lines}
+    assert colours.keys() == {"eager", "checkpointed"}
+    assert [line.get_color() for line in batch.lines] == [colours["checkpointed"]]
+    assert {text.get_text() for text in drawn[0].legends[0].get_texts()} == set(colours)
