@@ -202,8 +202,7 @@ def read(folder: Path) -> dict[str, list[Run]]:
     for path in sorted(path for path in folder.glob("*/*.json") if path.name != "on_gpu.json"):
         try:
             run = Run.read(path)
-            for row in run.rows:
-                _place(row)
+            section({path.parent.name: [run]})  # names what it misses
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} does not hold results: {type(error).__name__}: {error}") from error
         machines.setdefault(path.parent.name, []).append(run)

@@ -78,7 +78,16 @@ def test_results_without_limits_say_nothing_of_them():
     assert "out of memory" not in made
 
 
-@pytest.mark.parametrize("text", ['{"machine": {}, "rows', '{"machine": {}}', "[]", '{"rows": [{"op": "fnac_loss"}]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"machine": {}, "rows',
+        '{"machine": {}}',
+        "[]",
+        '{"rows": [{"op": "fnac_loss"}]}',
+        '{"machine": {"kind": "cpu"}, "settings": {}, "peaks": {}, "rows": []}',
+    ],
+)
 def test_a_file_that_holds_no_results_is_named(text, tmp_path):
     (tmp_path / "desk").mkdir()
     path = tmp_path / "desk" / "broken.json"
