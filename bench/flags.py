@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import tempfile
 from pathlib import Path
 
 import torch
@@ -42,6 +43,7 @@ def output(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"is {text}, a folder; it should name a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"is {text}, whose folder cannot be made: {error}") from error
+        raise argparse.ArgumentTypeError(f"is {text}, whose folder cannot be made or written to: {error}") from error
     return path

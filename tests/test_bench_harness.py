@@ -155,6 +155,7 @@ def test_the_command_names_a_case_that_an_operation_cannot_do():
         ("--memory-limit", "nan", "is nan; it should be positive and finite"),
         ("--out", ".", "is ., a folder; it should name a file"),
         ("--out", "/dev/null/run.json", "whose folder cannot be made"),
+        ("--out", "/proc/run.json", "or written to"),
     ],
 )
 def test_what_cannot_be_measured_with_is_refused_at_once(flag, value, why, capsys):
