@@ -64,6 +64,11 @@ def losses(device: str) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     }
 
 
+def side(size: int) -> int:
+    """Cells along an edge of an image's map: each of the encoder's five strides rounds up."""
+    return -(-size // 32)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.training_step", description=__doc__)
     parser.add_argument("--batch", type=flags.count, default=64)
@@ -93,7 +98,7 @@ def main() -> None:
         if name != WITHOUT_LOSS and not close:
             raise SystemExit(f"{name} gives a loss of {value}, {rivals.BASELINE} {first[rivals.BASELINE]}: not timed")
     timings = interleave(steps, options.device, rounds=options.rounds, seconds=options.seconds)
-    case = f"b{options.batch}-{options.size // 32}x{options.size // 32}" + conditions(options.keep_memory)
+    case = f"b{options.batch}-{side(options.size)}x{side(options.size)}" + conditions(options.keep_memory)
     rows = [
         Row("training_step", case, "float32", name, "ok", "", t.p20, t.p50, t.p80, t.rounds)
         for name, t in timings.items()

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import bench.distributed
+import bench.training_step
 import fnac_kernels
 from bench import limits, memory, work
 from bench.__main__ import arguments, measure, selected
@@ -18,6 +19,7 @@ from bench.cases import CASES, OPS, ChunkedReference
 from bench.results import Row, Run
 from bench.rivals import BASELINE, CONTENDERS, Contender
 from bench.timer import interleave
+from fnac.model import AudioVisualModel
 from fnac_kernels import reference
 
 TINY = CASES["tiny"]
@@ -195,6 +197,12 @@ def test_results_to_be_measured_again_have_a_name_that_is_known():
     script = bench.distributed.__file__.replace("distributed.py", "measure.sh")
     done = subprocess.run(["bash", script, "nowhere", "1-bach"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "measure.sh: failed: 1-bach (unknown)\n")
+
+
+@pytest.mark.parametrize("size", [40, 64])
+def test_a_training_step_is_named_by_its_maps(size):
+    maps = AudioVisualModel()(torch.zeros(2, 3, size, size), torch.zeros(2, 1, 257, 200))[0]
+    assert maps.shape[-1] == bench.training_step.side(size)
 
 
 def test_a_batch_that_processes_share_is_measured(tmp_path):
