@@ -19,7 +19,7 @@ import fnac_kernels
 from bench import flags, machine, rivals, work
 from bench.cases import CASES, TAU, Case
 from bench.report import table
-from bench.results import Row, Run
+from bench.results import Row, Run, conditions
 from bench.timer import timing
 
 #: The whole batch in one process, which has all threads, while the others wait.
@@ -82,8 +82,9 @@ def measure(case: Case, device: torch.device, rounds: int) -> list[Row]:
             dist.barrier()  # the slowest counts
             samples[name].append((time.perf_counter() - start) * 1e3)
     times = {name: timing(values) for name, values in samples.items()}
+    full = f"{case.name}, {processes} processes" + conditions(keep_memory=False)
     return [
-        Row("distributed_fnac_loss", f"{case.name}, {processes} processes", "float32", name, "ok", "",
+        Row("distributed_fnac_loss", full, "float32", name, "ok", "",
             t.p20, t.p50, t.p80, t.rounds, times[rivals.BASELINE].p50 / t.p50)
         for name, t in times.items()
     ]  # fmt: skip

@@ -205,7 +205,8 @@ def test_a_training_step_is_named_by_its_maps(size):
     assert maps.shape[-1] == bench.training_step.side(size)
 
 
-def test_a_batch_that_processes_share_is_measured(tmp_path):
+def test_a_batch_that_processes_share_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("FNAC_CPU_ISA", "portable")
     out = tmp_path / "run.json"
     command = [sys.executable, "-m", "bench.distributed", "--device", "cpu", "--cases", "tiny", "--rounds", "3"]
     done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
@@ -213,7 +214,7 @@ def test_a_batch_that_processes_share_is_measured(tmp_path):
     rows = json.loads(out.read_text())["rows"]
     assert [row["contender"] for row in rows] == [BASELINE, "cpu", "one process"]
     assert {(row["op"], row["case"], row["rounds"]) for row in rows} == {
-        ("distributed_fnac_loss", "tiny, 2 processes", 3)
+        ("distributed_fnac_loss", "tiny, 2 processes, portable", 3)
     }
     refused = subprocess.run([*command, "--processes", "1"], capture_output=True, text=True)
     assert "--processes is 1; it should be at least 2" in refused.stderr
