@@ -269,7 +269,7 @@ class _Demo:
                 **{f"seconds, {stage}": spent for stage, spent in self.seconds.items()}, **environment(),
             },
         )  # fmt: skip
-        (folder / "examples.png").write_bytes(to_png(gallery([*examples[:4], *examples[-2:]])))
+        (folder / "examples.png").write_bytes(to_png(gallery([*examples[:-2][:4], *examples[-2:]])))
         print(f"\nTest split, {settings.test} clips, maps brought to pixels by bicubic interpolation; in percent:\n")
         print(render(table), *notes, f"The report: {folder / 'report.html'}", sep="\n")
 

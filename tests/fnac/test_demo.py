@@ -55,6 +55,13 @@ def test_report_needs_nothing_else(run):
         assert words in text
 
 
+def test_the_picture_shows_each_clip_once(run):
+    """Five clips in two rows of three: the last place is empty."""
+    picture = Image.open(run[0] / "examples.png").convert("L")
+    width, height = picture.size
+    assert picture.crop((2 * width // 3 + 2, height // 2 + 2, width, height)).getextrema() == (255, 255)
+
+
 def test_a_second_run_uses_what_is_there(run, monkeypatch):
     folder, table = run
 
