@@ -24,12 +24,19 @@ def check_writable(path: str | Path) -> None:
 
 @contextmanager
 def once_whole(path: str | Path) -> Iterator[Path]:
-    """Another name to write a file under; it appears as ``path`` only if that succeeds. Makes the folder."""
+    """Another name to write a file under; it appears as ``path`` only if that succeeds. Makes the folder.
+
+    Raises:
+        OSError: it cannot be written, for one where the disk is full.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
         partial.replace(path)
+    except (OSError, RuntimeError) as error:  # torch, libsndfile and numpy do not tell of a full disk in words
+        reason = getattr(error, "strerror", None) or f"is there room for it? ({error})"
+        raise OSError(f"{path} cannot be written: {reason}") from error
     finally:
         partial.unlink(missing_ok=True)

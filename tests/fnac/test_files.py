@@ -1,0 +1,47 @@
+"""Files that a full disk cuts off: an error that names them, what was there before, and nothing half written."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from fnac.callbacks import WholeFiles
+from fnac.checkpoints import save_weights
+from fnac.results import write_text
+
+
+@contextmanager
+def no_room(size: int = 50_000) -> Iterator[None]:
+    """Files end at so many bytes, as they do on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+WEIGHTS = {"a": torch.zeros(100_000)}
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.txt", lambda path: write_text(path, 100_000 * "a")),
+        ("a.pt", lambda path: save_weights(WEIGHTS, path)),
+        ("a.ckpt", lambda path: WholeFiles().save_checkpoint(WEIGHTS, path)),
+    ],
+)
+def test_what_does_not_fit_on_the_disk_leaves_what_was_there(tmp_path, name, write):
+    path = tmp_path / name
+    path.write_bytes(b"before")
+    with no_room(), pytest.raises(OSError, match=f"{name} cannot be written: .*(too large|is there room for it)"):
+        write(path)
+    assert [left.name for left in tmp_path.iterdir()] == [name]
+    assert path.read_bytes() == b"before"
+    write(path)
+    assert path.stat().st_size > 50_000
