@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from fnac.callbacks import BestAndLast, History
 from fnac.data.datamodule import ClipData, single_for_training
 from fnac.data.generate import make_data
+from fnac.files import once_whole
 from fnac.pictures import choose_examples, gallery, to_png
 from fnac.report import write_report
 from fnac.results import environment, render, write_results, write_text
@@ -269,7 +270,8 @@ class _Demo:
                 **{f"seconds, {stage}": spent for stage, spent in self.seconds.items()}, **environment(),
             },
         )  # fmt: skip
-        (folder / "examples.png").write_bytes(to_png(gallery([*examples[:-2][:4], *examples[-2:]])))
+        with once_whole(folder / "examples.png") as path:
+            path.write_bytes(to_png(gallery([*examples[:-2][:4], *examples[-2:]])))
         print(f"\nTest split, {settings.test} clips, maps brought to pixels by bicubic interpolation; in percent:\n")
         print(render(table), *notes, f"The report: {folder / 'report.html'}", sep="\n")
 

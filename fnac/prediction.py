@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
 
 from fnac.data.dataset import IMAGENET_MEAN, IMAGENET_STD
+from fnac.files import once_whole
 from fnac.metrics import SIZE
 from fnac.pictures import heat_over_frame
 
@@ -39,10 +40,11 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Write a batch's files."""
-        self.output_dir.mkdir(parents=True, exist_ok=True)
         mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
         for name, image, found in zip(prediction["name"], batch["image"].cpu(), prediction["map"].cpu(), strict=True):
             frame = (255 * (image * std + mean)).clamp(0, 255).byte().permute(1, 2, 0).numpy()
             frame = np.asarray(Image.fromarray(frame).resize((SIZE, SIZE)))
-            np.save(self.output_dir / f"{name}.npy", found.float().numpy())
-            Image.fromarray(heat_over_frame(frame, found)).save(self.output_dir / f"{name}.png")
+            with once_whole(self.output_dir / f"{name}.npy") as path, path.open("wb") as file:
+                np.save(file, found.float().numpy())
+            with once_whole(self.output_dir / f"{name}.png") as path:
+                Image.fromarray(heat_over_frame(frame, found)).save(path, "PNG")

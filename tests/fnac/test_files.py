@@ -5,12 +5,15 @@ from __future__ import annotations
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
 from fnac.callbacks import WholeFiles
 from fnac.checkpoints import save_weights
+from fnac.prediction import PredictionWriter
 from fnac.results import write_text
 
 
@@ -25,6 +28,13 @@ def no_room(size: int = 50_000) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+def predict(path: Path) -> None:
+    prediction = {"name": [path.stem], "map": torch.rand(1, 224, 224)}
+    image = torch.rand(1, 3, 48, 48)
+    writer = PredictionWriter(str(path.parent))
+    writer.write_on_batch_end(Trainer(logger=False), None, prediction, None, {"image": image}, 0, 0)  # type: ignore[arg-type]
+
+
 WEIGHTS = {"a": torch.zeros(100_000)}
 
 
@@ -34,6 +44,7 @@ WEIGHTS = {"a": torch.zeros(100_000)}
         ("a.txt", lambda path: write_text(path, 100_000 * "a")),
         ("a.pt", lambda path: save_weights(WEIGHTS, path)),
         ("a.ckpt", lambda path: WholeFiles().save_checkpoint(WEIGHTS, path)),
+        ("a.npy", predict),
     ],
 )
 def test_what_does_not_fit_on_the_disk_leaves_what_was_there(tmp_path, name, write):
