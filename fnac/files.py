@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
+import soundfile
 
 
 def check_writable(path: str | Path) -> None:
@@ -20,6 +24,17 @@ def check_writable(path: str | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"{path} cannot be written: no permission to write in {path.parent}")
+
+
+def write_wav(path: Path, waveform: np.ndarray, sample_rate: int) -> None:
+    """Write a sound ``(samples,)``, of 16 bits.
+
+    Raises:
+        OSError: it cannot be written; libsndfile's own error would not say why.
+    """
+    content = io.BytesIO()
+    soundfile.write(content, waveform, sample_rate, subtype="PCM_16", format="WAV")
+    path.write_bytes(content.getbuffer())
 
 
 @contextmanager

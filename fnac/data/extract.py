@@ -29,7 +29,6 @@ from typing import Any, Literal
 
 import av
 import numpy as np
-import soundfile
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -38,7 +37,7 @@ from fnac.audio import RATES, MediaError, check_rate, check_size, resampler
 from fnac.data.generate import available_cores
 from fnac.data.ids import VIDEO_SUFFIXES, comparable
 from fnac.data.layout import read_ids, some
-from fnac.files import once_whole
+from fnac.files import once_whole, write_wav
 from fnac.results import write_text
 from fnac.threads import one_thread
 
@@ -197,7 +196,7 @@ def _extract_one(root: Path, settings: Settings, name: str, video: Path) -> str 
     except MediaError as error:
         return str(error)
     with once_whole(root / "audio" / f"{name}.wav") as path:
-        soundfile.write(path, sound, rate, subtype="PCM_16", format="WAV")
+        write_wav(path, sound, rate)
     with once_whole(root / "frames" / f"{name}.jpg") as path:
         image.save(path, "JPEG", quality=JPEG_QUALITY)
     return None

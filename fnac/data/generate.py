@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 from PIL import Image
 from tqdm import tqdm
 
 from fnac.data.scene import CLASSES, Box, draw_boxes, draw_frame
 from fnac.data.timbre import SAMPLE_RATE, draw_sound
+from fnac.files import write_wav
 
 SPLITS = ("train", "val", "test", "single")
 FORMAT = 1  # raise it whenever the same parameters give other bytes
@@ -191,6 +191,6 @@ def _write_clip(root: Path, recipe: Recipe, split: str, index: int) -> dict[str,
     entry = {"file": name, "class": labels[0], "bbox": scaled(boxes[0])}
     if split != "single":
         sound = draw_sound(rng, labels[0], round(recipe.seconds * SAMPLE_RATE))
-        soundfile.write(root / split / "audio" / f"{name}.wav", sound, SAMPLE_RATE, subtype="PCM_16")
+        write_wav(root / split / "audio" / f"{name}.wav", sound, SAMPLE_RATE)
         entry |= {"silent_class": labels[1], "silent_bbox": scaled(boxes[1])}
     return entry

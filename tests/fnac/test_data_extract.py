@@ -283,7 +283,7 @@ def test_clips_extracted_otherwise_are_not_mixed(videos):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("writer", ["soundfile.write", "PIL.Image.Image.save"])
+@pytest.mark.parametrize("writer", ["fnac.data.extract.write_wav", "PIL.Image.Image.save"])
 def test_an_interruption_leaves_no_half_files(videos, monkeypatch, writer):
     def interrupt(*arguments, **_) -> None:
         next(path for path in arguments if isinstance(path, Path)).write_bytes(b"half")
