@@ -34,7 +34,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fnac.audio import RATES, MediaError, check_rate, check_size, resampler
-from fnac.data.generate import available_cores
+from fnac.data.generate import available_cores, sigterm_ends_all
 from fnac.data.ids import VIDEO_SUFFIXES, comparable
 from fnac.data.layout import read_ids, some
 from fnac.files import once_whole, write_wav
@@ -170,6 +170,7 @@ def _run(
     """For each job None, or why its video cannot be read."""
     workers = min(available_cores() if workers is None else workers, len(jobs) // CLIPS_PER_PROCESS)
     with ExitStack() as stack:
+        stack.enter_context(sigterm_ends_all())
         reasons: Iterator[str | None] = starmap(extract_one, jobs)
         if workers > 1:
             # Not forked: the caller may have threads (torch's, for one) that a fork would break.

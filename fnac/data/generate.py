@@ -19,8 +19,12 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import starmap
@@ -149,6 +153,19 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@contextmanager
+def sigterm_ends_all() -> Iterator[None]:
+    """SIGTERM is an error: half files are removed and processes ended. By default it ends this process alone."""
+    if threading.current_thread() is not threading.main_thread():  # no other may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _write(root: Path, recipe: Recipe, workers: int, progress: bool) -> None:
     clips = [(split, index) for split in SPLITS for index in range(getattr(recipe, split))]
     splits = [split for split in SPLITS if getattr(recipe, split)]
@@ -160,6 +177,7 @@ def _write(root: Path, recipe: Recipe, workers: int, progress: bool) -> None:
     annotations: dict[str, list[dict[str, Any]]] = {split: [] for split in splits}
     write_clip = partial(_write_clip, root, recipe)
     with ExitStack() as stack:
+        stack.enter_context(sigterm_ends_all())
         entries: Any = starmap(write_clip, clips)
         # Starting a process costs about as much as a hundred clips.
         if workers > 1 and len(clips) >= 256:

@@ -7,8 +7,10 @@ after a second of silence.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -342,6 +344,22 @@ def test_processes_extract_the_same_as_one(videos, monkeypatch):
     one, several = ({p.relative_to(root): p.read_bytes() for p in contents(root)} for root in roots)
     assert len(one) == 6
     assert several == one
+
+
+def test_sigterm_ends_the_processes_too(videos, monkeypatch):
+    folder = videos(*(f"{number}.mp4" for number in range(40)))
+    monkeypatch.setattr(module, "CLIPS_PER_PROCESS", 20)
+
+    def told(reasons, **_):
+        for reason in reasons:
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield reason
+
+    monkeypatch.setattr(module, "tqdm", told)
+    with pytest.raises(SystemExit) as exit_:
+        run(folder, workers=2)
+    assert exit_.value.code == 143
+    assert multiprocessing.active_children() == []
 
 
 def test_two_videos_of_a_clip_are_an_error_that_names_both(videos):

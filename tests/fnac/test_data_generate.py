@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -117,14 +119,14 @@ def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
         make_data(".", workers=0, **SMALL)
 
 
-def test_an_interrupted_run_leaves_nothing_behind(tmp_path, monkeypatch):
-    def interrupt(*args: object, **kwargs: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("fnac.data.generate.draw_sound", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_an_interrupted_run_leaves_nothing_behind(tmp_path, monkeypatch, number, raised):
+    monkeypatch.setattr("fnac.data.generate.draw_sound", lambda *_: os.kill(os.getpid(), number))
+    before = signal.getsignal(number)
+    with pytest.raises(raised):
         make_data(tmp_path / "set", workers=0, **SMALL)
     assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(number) == before
 
 
 @pytest.mark.parametrize(
