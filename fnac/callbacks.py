@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,7 @@ class BestAndLast(ModelCheckpoint):
         super().__init__(dirpath, filename="best", mode="max", save_last=False, enable_version_counter=False)
         self.score = score
         self.fitting, self.between_steps, self.resumed_from = False, False, Path()
+        self.told_to_stop = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Without validation there is no best: only the last epoch is kept.
@@ -68,6 +71,22 @@ class BestAndLast(ModelCheckpoint):
         elif self.fitting:
             self.monitor, self.save_top_k = None, 0
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """In several processes SIGTERM waits for a step's end, where all learn of it. Lightning's own handler tells the
+        others at once, amid what they exchange in a step, so that all may wait for ever. It takes ours off at the end.
+        """
+        super().on_train_start(trainer, pl_module)
+        self.told_to_stop = False
+        if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._note_sigterm)
+
+    def _note_sigterm(self, *_: Any) -> None:
+        self.told_to_stop = True
+
+    def _stop_together(self, trainer: Trainer) -> None:
+        if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(self.told_to_stop, all=False):
+            raise SIGTERMException
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """From here to the step's end there is no state to resume exactly from."""
         self.between_steps = False
@@ -79,6 +98,8 @@ class BestAndLast(ModelCheckpoint):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self.between_steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         self._keep_if_stopping(trainer)
+        if self._between_batches(trainer):
+            self._stop_together(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the scores too where training stops within an epoch: Lightning validates then."""
@@ -90,6 +111,7 @@ class BestAndLast(ModelCheckpoint):
         super().on_train_epoch_end(trainer, pl_module)
         if trainer.is_last_batch:
             self._keep_last(trainer)
+        self._stop_together(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Keep the last step where none is under way: on SIGTERM, which waits for its end, or an unreadable file."""

@@ -19,10 +19,11 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 SCRIPT = """
-    import json, sys
+    import json, os, signal, sys
     import torch
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+    from fnac.callbacks import BestAndLast
     from fnac.data.datamodule import ClipData
     from fnac.data.layout import ClipFolder
     from fnac.training import Localization
@@ -37,13 +38,19 @@ SCRIPT = """
             loss, draw = outputs["loss"].item(), torch.rand(()).item()
             self.steps.append({"epoch": trainer.current_epoch, "names": batch["name"], "loss": loss, "draw": draw})
 
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 4 and trainer.global_rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
     if __name__ == "__main__":
-        root, folder, ckpt_path, negatives = sys.argv[1:]
+        root, folder, ckpt_path, negatives, *stop = sys.argv[1:]
         model = Localization(dim=16, image_stages=1, audio_stages=1, warmup_epochs=1, negatives=negatives)
         notes = Notes()
         data = ClipData(root, **PREPARED)
         saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-        trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, callbacks=[notes, saving],
+        callbacks = [Stop(), BestAndLast(dirpath=folder)] if stop else [notes, saving]
+        trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, callbacks=callbacks,
                           max_epochs=2, enable_progress_bar=False, enable_model_summary=False)
         trainer.fit(model, data, ckpt_path=ckpt_path or None, weights_only=True)
         scores = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
@@ -62,11 +69,13 @@ def launch(tmp_path_factory, generated):
     script = tmp_path_factory.mktemp("script") / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
 
-    def run(ckpt_path="", negatives="process"):
+    def run(ckpt_path="", negatives="process", *stop):
         folder = tmp_path_factory.mktemp("run")
-        command = [sys.executable, str(script), str(generated), str(folder), str(ckpt_path), negatives]
+        command = [sys.executable, str(script), str(generated), str(folder), str(ckpt_path), negatives, *stop]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
+        if stop:
+            return folder, []
         return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
     return run
@@ -123,6 +132,16 @@ def test_a_resumed_epoch_goes_on_on_every_rank(trained, launch):
     for rank, whole in zip(resumed, ranks, strict=True):
         assert rank["steps"] == whole["steps"][4:]
         assert torch.equal(torch.tensor(rank["weights"]), torch.tensor(whole["weights"]))
+
+
+def test_sigterm_to_one_process_stops_all_after_the_same_step(trained, launch):
+    _, ranks = trained
+    folder, _ = launch("", "process", "stop")
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 4
+    _, resumed = launch(folder / "last.ckpt")
+    for rank, whole in zip(resumed, ranks, strict=True):
+        assert rank["steps"] == whole["steps"][4:]
+        assert rank["weights"] == whole["weights"]
 
 
 def test_processes_may_share_one_loss(trained, launch):
