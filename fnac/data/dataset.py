@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -217,16 +217,24 @@ def _remedy(folder: ClipFolder | AVSBench, training: bool) -> str:
     return f"to evaluate on those that are there, {fewer}; scores over fewer clips are other scores"
 
 
-def load_image(path: str | Path) -> Image.Image:
+def _high_byte(wide: np.ndarray) -> np.ndarray:
+    return (wide >> 8).astype(np.uint8)
+
+
+def load_image(path: str | Path, narrow: Callable[[np.ndarray], np.ndarray] = _high_byte) -> Image.Image:
     """Read an image of any format that Pillow knows, as RGB.
+
+    Args:
+        path: the file.
+        narrow: makes 8 bits of a grey image's 16; Pillow's conversion would cut what exceeds 255 off.
 
     Raises:
         MediaError: it is missing or cannot be decoded.
     """
     try:
         with Image.open(path) as image:
-            if image.mode.startswith("I;16"):  # Pillow's conversion would cut what exceeds 255 off
-                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+            if image.mode.startswith("I;16"):
+                return Image.fromarray(narrow(np.asarray(image))).convert("RGB")
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise MediaError(f"cannot read image {path}: {error}") from error
@@ -238,5 +246,6 @@ def load_mask(path: str | Path, size: int = 224) -> Tensor:
     Raises:
         MediaError: it is missing or cannot be decoded.
     """
-    mask = np.asarray(load_image(path).resize((size, size), Image.Resampling.NEAREST)).max(axis=2) > 0
+    image = load_image(path, narrow=lambda wide: wide > 0)
+    mask = np.asarray(image.resize((size, size), Image.Resampling.NEAREST)).max(axis=2) > 0
     return torch.from_numpy(mask).float()

@@ -91,11 +91,11 @@ def test_the_data_sets_f_score_does_not_depend_on_batches_and_the_batches_does()
     assert float(found[6]["f_score_of_batches"]) == pytest.approx(float(found[6]["f_score"]))
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "I;16"])
 def test_a_mask_is_what_is_not_black_in_any_mode(tmp_path, mode):
     pixels = np.zeros((448, 224), dtype=np.uint8)
     pixels[:224] = 255 if mode in ("1", "L") else 1
-    image = Image.fromarray(pixels)
+    image = Image.fromarray(pixels.astype(np.uint16) if mode == "I;16" else pixels)
     if mode == "P":
         image.putpalette([0, 0, 0, 128, 0, 0])
     elif mode in ("1", "RGB"):
