@@ -109,7 +109,7 @@ def _read_xml(path: Path) -> Annotation:
     """
     try:
         boxes = [_parse_xml_box(box) for box in ElementTree.parse(path).iter("bbox")]
-    except (ElementTree.ParseError, TypeError, ValueError) as error:
+    except (ElementTree.ParseError, LookupError, TypeError, ValueError) as error:  # LookupError: an unknown encoding
         raise ValueError(f"{path}: {error}") from error
     return Annotation("", boxes, FLICKR_AGREEMENT)
 

@@ -140,6 +140,9 @@ def test_faulty_flickr_annotations_name_the_file(tmp_path):
     (tmp_path / "1.xml").write_text("<annotation>")
     with pytest.raises(ValueError, match=r"1\.xml: no element found"):
         read_annotations(tmp_path)
+    (tmp_path / "1.xml").write_text("<?xml version='1.0' encoding='ansi'?><annotation/>")
+    with pytest.raises(ValueError, match=r"1\.xml: unknown encoding: ansi"):
+        read_annotations(tmp_path)
     (tmp_path / "1.xml").unlink()
     with pytest.raises(ValueError, match=r"Annotations holds no annotations; .*<id>\.xml"):
         read_annotations(tmp_path)
