@@ -136,6 +136,7 @@ def _quiet() -> Iterator[None]:
             "no logger configured",
             "found in eval mode",
             "callbacks used to create the checkpoint",
+            "isinstance.treespec, LeafSpec",
         ):
             warnings.filterwarnings("ignore", f".*{hint}.*")
         logger.setLevel(logging.WARNING)
