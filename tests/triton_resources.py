@@ -157,8 +157,8 @@ def of_pairs(capability: int, dtype: str) -> Iterator[Variant]:
         pair, feature = (table[f"adjacency_{name}{size}{suffix}"] for name in ("weights", "features"))
         # Rows of N values are read 16 bytes at a time where N allows it.
         for ragged, aligned in ((" ragged", ()), ("", ("N",))):
-            # Forward products are of means, float32 whatever the features are.
-            for how, precision in _precisions("fp32")[: 1 if dtype == "fp16" else 2]:
+            # Forward products are of means, float32 whatever the features are, which decide what "medium" says.
+            for how, precision in _precisions("fp32")[: 2 if wide else 1]:
                 where, distances = f"{size}{ragged}{how}", DISTANCES | precision
                 yield Variant(f"statistics{where}", forward.statistics_kernel, tile, TERMS | precision, aligned)
                 yield Variant(f"distances{where}", forward.distances_kernel, tile, distances, aligned)
