@@ -352,7 +352,7 @@ def test_sigterm_ends_the_processes_too(videos, monkeypatch):
 
     def told(reasons, **_):
         for reason in reasons:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
             yield reason
 
     monkeypatch.setattr(module, "tqdm", told)

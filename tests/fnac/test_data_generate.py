@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import signal
 from pathlib import Path
 
@@ -121,12 +120,16 @@ def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
 def test_an_interrupted_run_leaves_nothing_behind(tmp_path, monkeypatch, number, raised):
-    monkeypatch.setattr("fnac.data.generate.draw_sound", lambda *_: os.kill(os.getpid(), number))
+    monkeypatch.setattr("fnac.data.generate.draw_sound", lambda *_: signal.raise_signal(number))
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     before = signal.getsignal(number)
-    with pytest.raises(raised):
-        make_data(tmp_path / "set", workers=0, **SMALL)
+    try:
+        with pytest.raises(raised):
+            make_data(tmp_path / "set", workers=0, **SMALL)
+        assert signal.getsignal(number) == before
+    finally:
+        signal.signal(signal.SIGINT, ours)
     assert list(tmp_path.iterdir()) == []
-    assert signal.getsignal(number) == before
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ SCRIPT = """
     class Stop(Callback):
         def on_train_batch_end(self, trainer, *_):
             if trainer.global_step == 4 and trainer.global_rank == 1:
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
 
     if __name__ == "__main__":
         root, folder, ckpt_path, negatives, *stop = sys.argv[1:]

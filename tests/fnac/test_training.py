@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
@@ -144,7 +143,7 @@ class Fail(Callback):
     def on_train_batch_start(self, trainer, *_):
         if trainer.global_step == 4:
             if self.how == "sigterm":
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
             else:
                 raise RuntimeError("failed")
 
@@ -191,7 +190,7 @@ class Stop(Callback):
 
     def on_validation_batch_start(self, trainer, *_):
         if trainer.global_step == 6 and self.how == "sigterm":
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         elif trainer.global_step == 6:
             raise RuntimeError("failed")
 
