@@ -94,7 +94,7 @@ def scalars(terms: Tensor) -> list[Tensor]:
 
 
 def _no_views(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Nor a view that a Function made."""
+    """Each output as a tensor of its own: autograd lets nobody change in place a view that a Function made."""
     return tuple(x.data if x._is_view() else x for x in outputs)
 
 
