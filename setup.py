@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -16,6 +17,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CUDA_CHOICES = ("auto", "on", "off")
+#: What CMake reads once and keeps in its build folder.
+KEPT_BY_CMAKE = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDAFLAGS", "CUDAHOSTCXX", "CUDA_HOME", "CUDA_PATH")
 
 
 def cuda_options(environment: Mapping[str, str]) -> list[str]:
@@ -49,12 +52,18 @@ def _from_torch(architectures: str) -> str:
     return ";".join(translated)
 
 
+def build_folder(root: Path, environment: Mapping[str, str]) -> Path:
+    """One for each place and each choice of compilers: CMake takes up no folder that was moved, nor another compiler."""
+    made_by = "\0".join([str(root), *(environment.get(name, "") for name in KEPT_BY_CMAKE)])
+    return root / "build" / f"native-{sys.implementation.cache_tag}-{hashlib.sha256(made_by.encode()).hexdigest()[:8]}"
+
+
 class CMakeBuild(build_ext):
     """One CMake project makes the extension; a failure names the step."""
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
+        build = build_folder(ROOT, os.environ)
         build.mkdir(parents=True, exist_ok=True)
         self._step(
             "configure",

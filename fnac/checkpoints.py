@@ -47,7 +47,7 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint, or holds weights alone.
+        ValueError: it is no checkpoint, or one of weights without a run.
     """
     found = _read(path)
     if not isinstance(found, Mapping) or "pytorch-lightning_version" not in found:

@@ -80,6 +80,10 @@ class LocalizationCLI(LightningCLI):
         defaults = {f"model.{name}": value for name, value in model.items()}
         defaults |= {f"data.{name}": data[name] for name in READING if name in data}
         if command == "fit":
+            if "optimizer_states" not in checkpoint:
+                raise ValueError(
+                    f"{path} holds weights and no optimizer; give it as --model.init_from to start from them"
+                )
             flags = {name: "seed_everything" if name == "seed" else f"data.{name}" for name in SAMPLING}
             defaults |= {flag: data[name] for name, flag in flags.items() if name in data}
         self._subcommand_parsers[command].set_defaults(defaults)
@@ -169,9 +173,9 @@ def main(args: list[str] | None = None) -> None:
         else:
             raise ValueError(f"there is no command {command!r}; there are {', '.join([*LIGHTNINGS, *COMMANDS])}")
     except SIGTERMException:  # Lightning's has the status of success
-        remedy = (
-            "the same command goes on" if command in COMMANDS else "give the run's last.ckpt as --ckpt_path to go on"
-        )
+        remedy = "the same command goes on" if command in COMMANDS else "the same command begins anew"
+        if command == "fit":
+            remedy = "give the run's last.ckpt as --ckpt_path to go on"
         print(f"fnac: stopped by SIGTERM; {remedy}", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
     except Exception as error:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 
 from fnac import metrics
@@ -184,7 +185,9 @@ class Localization(LightningModule):
         self.log_dict({f"test/{name}": value for name, value in self.results[MODEL].items()}, sync_dist=True)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Names, and maps of cosines ``(N, 224, 224)``."""
+        """Names, and maps of cosines ``(N, 224, 224)``. Alone of Lightning's loops, that of predict goes on at SIGTERM."""
+        if self.trainer.received_sigterm:
+            raise SIGTERMException
         return {"name": batch["name"], "map": self.maps(batch["image"], batch["audio"])}
 
     def _compared_maps(self, image: Tensor, audio: Tensor) -> dict[str, Tensor]:

@@ -98,6 +98,18 @@ def test_without_nvcc_one_line_says_that_cuda_is_left_out_and_why(tmp_path):
     assert "nvcc was neither on PATH nor in CUDA_HOME or /usr/local/cuda; install CUDA 12.0 or newer" in lines[0]
 
 
+def test_a_build_starts_anew_where_cmake_would_not_take_up_the_last_one(setup, tmp_path):
+    """CMake refuses a folder that was moved, and stays with the compiler that it met first."""
+    here = setup.build_folder(tmp_path, {"CXX": "g++", "HOME": "/"})
+    assert here == setup.build_folder(tmp_path, {"CXX": "g++", "FNAC_CUDA": "off"})
+    others = [
+        setup.build_folder(tmp_path / "moved", {"CXX": "g++"}).name,
+        setup.build_folder(tmp_path, {"CXX": "clang++"}).name,
+        setup.build_folder(tmp_path, {"CXX": "g++", "CUDACXX": "nvcc"}).name,
+    ]
+    assert len({here.name, *others}) == 4
+
+
 @needs_cmake
 def test_a_second_build_finds_the_ninja_that_there_is_now(setup, tmp_path, monkeypatch):
     """pip builds in an environment that is gone the next time."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
@@ -222,7 +222,7 @@ def _high_byte(wide: np.ndarray) -> np.ndarray:
 
 
 def load_image(path: str | Path, narrow: Callable[[np.ndarray], np.ndarray] = _high_byte) -> Image.Image:
-    """Read an image of any format that Pillow knows, as RGB.
+    """Read an image of any format that Pillow knows, upright and as RGB.
 
     Args:
         path: the file.
@@ -235,7 +235,7 @@ def load_image(path: str | Path, narrow: Callable[[np.ndarray], np.ndarray] = _h
         with Image.open(path) as image:
             if image.mode.startswith("I;16"):
                 return Image.fromarray(narrow(np.asarray(image))).convert("RGB")
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise MediaError(f"cannot read image {path}: {error}") from error
 

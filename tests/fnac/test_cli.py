@@ -229,6 +229,33 @@ def test_a_run_that_is_told_to_stop_does_not_end_as_one_that_is_done(run, tmp_pa
     assert torch.load(last, weights_only=True)["global_step"] == 1
 
 
+@pytest.mark.parametrize("command", ["test", "predict"])
+def test_an_evaluation_that_is_told_to_stop_does(run, tmp_path, monkeypatch, capsys, command):
+    def tell(self, outputs, batch, batch_idx, *_):
+        assert batch_idx == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Localization, f"on_{command}_batch_end", tell, raising=False)
+    with pytest.raises(SystemExit) as exit_:
+        run(command, "--data.batch_size=2", *(["--predictions.output_dir=maps"] if command == "predict" else []))
+    assert exit_.value.code == 143
+    assert "stopped by SIGTERM; the same command begins anew" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.json"))
+    assert len(list(tmp_path.rglob("*.npy"))) == (2 if command == "predict" else 0)
+
+
+def test_weights_without_an_optimizer_are_no_run_to_go_on_with(run, tmp_path):
+    run("fit", "--trainer.max_steps=1")
+    (last,) = tmp_path.glob("runs/*/*/checkpoints/last.ckpt")
+    checkpoint = torch.load(last, weights_only=True)
+    del checkpoint["optimizer_states"]  # as ModelCheckpoint(save_weights_only=True) does
+    torch.save(checkpoint, "weights.ckpt")
+    with pytest.raises(
+        SystemExit, match=r"^fnac: weights\.ckpt holds weights and no optimizer; give it as --model\.init"
+    ):
+        run("fit", "--ckpt_path=weights.ckpt")
+
+
 def test_no_checkpoints_where_none_are_wanted(run, tmp_path):
     run("fit", "--trainer.max_steps=1", "--trainer.enable_checkpointing=false")
     assert not list(tmp_path.rglob("*.ckpt"))

@@ -14,11 +14,11 @@ import soundfile
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from PIL import Image
+from PIL import ExifTags, Image
 
 from fnac.audio import LogSpectrogram, MediaError, load_audio
 from fnac.data.datamodule import ClipData, generated_split, single_object_loaders
-from fnac.data.dataset import Augmentation, ClipDataset
+from fnac.data.dataset import Augmentation, ClipDataset, load_image
 from fnac.data.generate import make_data
 from fnac.data.layout import ClipFolder
 from fnac.data.leakage import LeakageError
@@ -85,6 +85,18 @@ def test_grey_frames_keep_their_brightness_at_any_depth(root, tmp_path, high):
     Image.fromarray(pixels).save(folder / "frames" / "test_000000.png")
     red = ClipDataset(ClipFolder(str(folder)), **SMALL)[0]["image"][0]
     assert red.mean() == pytest.approx((127 / 255 - 0.485) / 0.229, abs=1e-4)
+
+
+def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
+    upright = np.zeros((40, 24), dtype=np.uint8)
+    upright[:20] = 255
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned a quarter, clockwise
+    path = tmp_path / "photograph.jpg"
+    Image.fromarray(np.rot90(upright).copy()).save(path, quality=95, exif=exif)
+    read = np.asarray(load_image(path))[..., 0]
+    assert read.shape == upright.shape
+    assert np.abs(read.astype(int) - upright).max() < 30
 
 
 def test_what_varies_depends_on_seed_epoch_and_index_alone(root):
