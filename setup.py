@@ -53,7 +53,7 @@ def _from_torch(architectures: str) -> str:
 
 
 def build_folder(root: Path, environment: Mapping[str, str]) -> Path:
-    """One for each place and each choice of compilers: CMake takes up no folder that was moved, nor another compiler."""
+    """One for each place and choice of compilers: CMake takes up no folder that was moved, nor another compiler."""
     made_by = "\0".join([str(root), *(environment.get(name, "") for name in KEPT_BY_CMAKE)])
     return root / "build" / f"native-{sys.implementation.cache_tag}-{hashlib.sha256(made_by.encode()).hexdigest()[:8]}"
 

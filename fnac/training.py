@@ -185,7 +185,7 @@ class Localization(LightningModule):
         self.log_dict({f"test/{name}": value for name, value in self.results[MODEL].items()}, sync_dist=True)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Names, and maps of cosines ``(N, 224, 224)``. Alone of Lightning's loops, that of predict goes on at SIGTERM."""
+        """Names, and maps of cosines ``(N, 224, 224)``. Ends at SIGTERM, for which Lightning does not look here."""
         if self.trainer.received_sigterm:
             raise SIGTERMException
         return {"name": batch["name"], "map": self.maps(batch["image"], batch["audio"])}
