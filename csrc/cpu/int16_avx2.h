@@ -18,14 +18,19 @@ struct Int16Avx2 {
         return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     }
     static Pairs broadcast(int32_t two) { return _mm256_set1_epi32(two); }
-    static Sum add_product(Sum sum, Pairs a, Pairs b) {
+    static void add_products(Sum& a, Sum& b, Pairs cell, Pairs for_a, Pairs for_b) {
 #if defined(__AVXVNNI__)
-        return reinterpret_cast<Sum>(_mm256_dpwssd_avx_epi32(reinterpret_cast<__m256i>(sum), a, b));
+        a = reinterpret_cast<Sum>(_mm256_dpwssd_avx_epi32(reinterpret_cast<__m256i>(a), cell, for_a));
+        b = reinterpret_cast<Sum>(_mm256_dpwssd_avx_epi32(reinterpret_cast<__m256i>(b), cell, for_b));
 #else
-        // As intrinsics GCC makes all products of a step before it adds any, and spills them.
-        Sum product;
-        asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(product) : "x"(a), "x"(b));
-        return sum;
+        // As intrinsics GCC makes all products of a step before it adds any, and spills them; of one sum a
+        // block of assembly, it copies sums.
+        Sum x = a, y = b, product_x, product_y;
+        asm("vpmaddwd %5, %4, %2\n\tvpmaddwd %6, %4, %3\n\tvpaddd %2, %0, %0\n\tvpaddd %3, %1, %1"
+            : "+x"(x), "+x"(y), "=&x"(product_x), "=&x"(product_y)
+            : "x"(cell), "x"(for_a), "x"(for_b));
+        a = x;
+        b = y;
 #endif
     }
     static void store(float* to, Sum sum) {

@@ -15,6 +15,7 @@ namespace {
 
 template <class V, class Lanes>
 struct Int16Products {
+    static constexpr int64_t kTileRows = Lanes::kRows;
     static constexpr bool kScaled = true;
     static constexpr bool kRounds = false;       // products that must be screened and refined like any
     static constexpr int64_t kFewestCells = 20;  // of fewer, refining and packing cost what the products gain

@@ -10,9 +10,22 @@ namespace {
 // that the panel, which all cells need, stays.
 class AmxProducts : public BFloat16Values {
   public:
+    static constexpr int64_t kTileRows = tiles::kRows;
+
     static void multiply(const uint16_t* cells, const uint16_t* panel, int64_t depth, int64_t rows,
                          float* out) {
-        constexpr int64_t kWidth = 2 * V::kLanes, kOutBytes = kWidth * sizeof(float);
+        for (int64_t row = 0; row < rows; row += 2 * kTileRows)
+            multiply_two(cells + row * depth * kTileDepth, panel, depth, rows - row, out + row * kWidth);
+    }
+
+  private:
+    static constexpr int64_t kTileSize = kTileRows * kTileDepth, kWidth = 2 * V::kLanes;
+    tiles::Configured tiles_;
+
+    // Of two rows of tiles, or one where there are no more cells.
+    static void multiply_two(const uint16_t* cells, const uint16_t* panel, int64_t depth, int64_t rows,
+                             float* out) {
+        constexpr int64_t kOutBytes = kWidth * sizeof(float);
         tiles::zero<0>();
         tiles::zero<1>();
         if (rows <= kTileRows) {
@@ -43,9 +56,6 @@ class AmxProducts : public BFloat16Values {
         tiles::store<0>(out, kOutBytes);
         tiles::store<1>(out + V::kLanes, kOutBytes);
     }
-
-  private:
-    tiles::Configured tiles_;
 };
 
 }  // namespace

@@ -14,7 +14,10 @@ struct Bf16Lanes {
     static Sum zero() { return _mm512_setzero_ps(); }
     static Pairs load(const uint16_t* from) { return as_pairs(_mm512_loadu_si512(from)); }
     static Pairs broadcast(int32_t two) { return as_pairs(_mm512_set1_epi32(two)); }
-    static Sum add_product(Sum sum, Pairs a, Pairs b) { return _mm512_dpbf16_ps(sum, a, b); }
+    static void add_products(Sum& a, Sum& b, Pairs cell, Pairs for_a, Pairs for_b) {
+        a = _mm512_dpbf16_ps(a, cell, for_a);
+        b = _mm512_dpbf16_ps(b, cell, for_b);
+    }
     static void store(float* to, Sum sum) { _mm512_storeu_ps(to, sum); }
 
   private:
@@ -22,6 +25,8 @@ struct Bf16Lanes {
 };
 
 struct Bf16Products : BFloat16Values {
+    static constexpr int64_t kTileRows = Bf16Lanes::kRows;
+
     static void multiply(const uint16_t* cells, const uint16_t* panel, int64_t depth, int64_t rows,
                          float* out) {
         multiply_pairs<Bf16Lanes>(cells, panel, depth, rows, out);

@@ -15,8 +15,9 @@ struct Int16Avx512 {
     static Sum zero() { return Sum{}; }
     static Pairs load(const uint16_t* from) { return _mm512_loadu_si512(from); }
     static Pairs broadcast(int32_t two) { return _mm512_set1_epi32(two); }
-    static Sum add_product(Sum sum, Pairs a, Pairs b) {
-        return reinterpret_cast<Sum>(_mm512_dpwssd_epi32(reinterpret_cast<__m512i>(sum), a, b));
+    static void add_products(Sum& a, Sum& b, Pairs cell, Pairs for_a, Pairs for_b) {
+        a = reinterpret_cast<Sum>(_mm512_dpwssd_epi32(reinterpret_cast<__m512i>(a), cell, for_a));
+        b = reinterpret_cast<Sum>(_mm512_dpwssd_epi32(reinterpret_cast<__m512i>(b), cell, for_b));
     }
     static void store(float* to, Sum sum) {
         _mm512_storeu_ps(to, _mm512_cvtepi32_ps(reinterpret_cast<__m512i>(sum)));

@@ -5,9 +5,9 @@
 //     static void multiply(const uint16_t* cells, const uint16_t* panel, int64_t depth, int64_t rows,
 //                          float* out)
 //
-// gives out[rows][2 kLanes sounds] of up to 32 cells, and anything in the next rows up to 16 or 32, from row
-// tiles [c / 32][16 cells][32], the second tile row after the first, and a panel [c / 32][2][16 pairs of
-// channels][kLanes sounds][2].
+// gives out[rows][2 kLanes sounds], and anything in the next rows up to a multiple of kTileRows, from tiles
+// [rows / kTileRows][c / 32][kTileRows cells][32] and a panel [c / 32][2][16 pairs of channels][kLanes
+// sounds][2].
 //
 // Let x be a cell, a a sound, x^ and a^ what narrowing makes of them, dx = x - x^, da = a - a^. The products
 // give S~, and with S = <x, a>
@@ -33,8 +33,9 @@
 namespace fnac {
 namespace {
 
-constexpr int64_t kTileRows = 16, kTileDepth = 32, kTileSize = kTileRows * kTileDepth;  // of 16 bits
-constexpr int64_t kSoundsPerTask = 2048, kMaxCells = 1024, kMaxImages = kMaxCells;      // of a group
+constexpr int64_t kTileDepth = 32;  // channels
+constexpr int64_t kSoundsPerTask = 2048, kMinCells = 64, kMaxCells = 1024,
+                  kMaxImages = kMaxCells;  // of a group
 constexpr float kSmallest = 0x1p-40f, kLargest = 0x1p60f;
 
 // Bounds of a vector or of the largest of several: its norm, and that of what narrowing took.
@@ -74,12 +75,12 @@ void load_two(const float* from, int64_t count, typename V::F& low, typename V::
     high = count > V::kLanes ? V::load_n(from + V::kLanes, count - V::kLanes) : V::set(0.f);
 }
 
-// A row of c floats into row `row` of tiles [c / 32][16][32].
+// A row of c floats into row `row` of tiles [c / 32][kTileRows][32].
 template <class V, class Products>
 Norms pack_row(const float* from, int64_t c, float scale, uint16_t* tiles, int64_t row) {
     Sums<V> sums;
     for (int64_t tile = 0; tile < c; tile += kTileDepth) {
-        uint16_t* to = tiles + tile * kTileRows + row * kTileDepth;
+        uint16_t* to = tiles + tile * Products::kTileRows + row * kTileDepth;
         for (int64_t k = 0; k < kTileDepth; k += 2 * V::kLanes)
             V::store(
                 reinterpret_cast<float*>(to + k),
@@ -181,7 +182,7 @@ struct Cells {
 
 template <class V, class Products>
 class Worker {
-    static constexpr int64_t kWidth = Sounds<V, Products>::kWidth;
+    static constexpr int64_t kWidth = Sounds<V, Products>::kWidth, kTileRows = Products::kTileRows;
 
   public:
     static constexpr int64_t kPanelsPerTask = kSoundsPerTask / kWidth;
@@ -201,7 +202,7 @@ class Worker {
         const int64_t fit =
             V::kCellBytes / static_cast<int64_t>(sizeof(float)) / img.c / kTileRows * kTileRows;
         const int64_t all = ceil_div(img.n * img.p, kTileRows) * kTileRows;
-        return smaller(all, fit < 4 * kTileRows ? 4 * kTileRows : fit > kMaxCells ? kMaxCells : fit);
+        return smaller(all, fit < kMinCells ? kMinCells : fit > kMaxCells ? kMaxCells : fit);
     }
     static size_t bytes(const FeatureMap& img, const Sounds<V, Products>& sounds) {
         const int64_t cells = capacity(img) + kTileRows;
@@ -220,10 +221,8 @@ class Worker {
         bool wanted = false;
         for (int64_t i = 0; i < cells_.images; ++i) wanted |= !is_dense(i);
         if (!wanted) return;
-        const int64_t rows = cells_.images * cells_.count, depth = sounds_.depth;
-        for (int64_t row = 0; row < rows; row += 2 * kTileRows)
-            Products::multiply(tiles_ + row * depth * kTileDepth, sounds_.panel(index), depth,
-                               smaller(rows - row, 2 * kTileRows), products_ + row * kWidth);
+        Products::multiply(tiles_, sounds_.panel(index), sounds_.depth, cells_.images * cells_.count,
+                           products_);
         std::memset(found_, 0, sizeof(found_));
         for (int64_t i = 0; i < cells_.images; ++i) {
             if (is_dense(i)) continue;
@@ -246,7 +245,7 @@ class Worker {
     const FeatureMap& img_;
     const Sounds<V, Products>& sounds_;
     uint8_t* dense_;         // by image: left to the float32 kernel
-    uint16_t* tiles_;        // [cells / 16][c / 32][16][32]
+    uint16_t* tiles_;        // [cells / kTileRows][c / 32][kTileRows][32]
     float* products_;        // [cells][kWidth]
     float* least_;           // what the maximum is at least, where an image comes in pieces
     float* rows_;            // [cells][c], where the image itself has no such rows
@@ -306,7 +305,7 @@ class Worker {
             if constexpr (Products::kScaled) scale = Products::scale(rows, c, count, stride);
             for (int64_t p = begin; p < end; ++p, rows += stride) {
                 const int64_t at = i * count + p;
-                uint16_t* const tiles = tiles_ + at / kTileRows * sounds_.depth * kTileSize;
+                uint16_t* const tiles = tiles_ + at / kTileRows * sounds_.depth * kTileRows * kTileDepth;
                 const Norms norms = pack_row<V, Products>(rows, c, scale, tiles, at % kTileRows);
                 usable &= in_range(norms.whole);
                 largest.whole = norms.whole > largest.whole ? norms.whole : largest.whole;
