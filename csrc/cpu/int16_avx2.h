@@ -23,8 +23,8 @@ struct Int16Avx2 {
         a = reinterpret_cast<Sum>(_mm256_dpwssd_avx_epi32(reinterpret_cast<__m256i>(a), cell, for_a));
         b = reinterpret_cast<Sum>(_mm256_dpwssd_avx_epi32(reinterpret_cast<__m256i>(b), cell, for_b));
 #else
-        // As intrinsics GCC makes all products of a step before it adds any, and spills them; of one sum a
-        // block of assembly, it copies sums.
+        // As intrinsics GCC makes all products of a step before it adds any, and spills them; with a block of
+        // assembly for each sum it copies sums, and operands that are no locals it leaves in memory.
         Sum x = a, y = b, product_x, product_y;
         asm("vpmaddwd %5, %4, %2\n\tvpmaddwd %6, %4, %3\n\tvpaddd %2, %0, %0\n\tvpaddd %3, %1, %1"
             : "+x"(x), "+x"(y), "=&x"(product_x), "=&x"(product_y)

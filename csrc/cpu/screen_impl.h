@@ -33,9 +33,9 @@
 namespace fnac {
 namespace {
 
-constexpr int64_t kTileDepth = 32;  // channels
-constexpr int64_t kSoundsPerTask = 2048, kMinCells = 64, kMaxCells = 1024,
-                  kMaxImages = kMaxCells;  // of a group
+constexpr int64_t kTileDepth = 32;                                           // channels
+constexpr int64_t kMinCells = 64, kMaxCells = 1024, kMaxImages = kMaxCells;  // of a group
+constexpr int64_t kSoundsPerTask = 2048;
 constexpr float kSmallest = 0x1p-40f, kLargest = 0x1p60f;
 
 // Bounds of a vector or of the largest of several: its norm, and that of what narrowing took.
