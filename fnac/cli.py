@@ -173,9 +173,10 @@ def main(args: list[str] | None = None) -> None:
         else:
             raise ValueError(f"there is no command {command!r}; there are {', '.join([*LIGHTNINGS, *COMMANDS])}")
     except SIGTERMException:  # Lightning's has the status of success
-        remedy = "the same command goes on" if command in COMMANDS else "the same command begins anew"
         if command == "fit":
             remedy = "give the run's last.ckpt as --ckpt_path to go on"
+        else:
+            remedy = f"the same command {'goes on' if command in COMMANDS else 'begins anew'}"
         print(f"fnac: stopped by SIGTERM; {remedy}", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
     except Exception as error:
