@@ -172,13 +172,14 @@ def main(args: list[str] | None = None) -> None:
             run_lightning(args)
         else:
             raise ValueError(f"there is no command {command!r}; there are {', '.join([*LIGHTNINGS, *COMMANDS])}")
-    except SIGTERMException:  # Lightning's has the status of success
+    except (SIGTERMException, KeyboardInterrupt) as error:  # Lightning's has the status of success
+        number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
         if command == "fit":
             remedy = "give the run's last.ckpt as --ckpt_path to go on"
         else:
             remedy = f"the same command {'goes on' if command in COMMANDS else 'begins anew'}"
-        print(f"fnac: stopped by SIGTERM; {remedy}", file=sys.stderr)
-        sys.exit(128 + signal.SIGTERM)
+        print(f"fnac: stopped by {number.name}; {remedy}", file=sys.stderr)
+        sys.exit(128 + number)
     except Exception as error:
         if not _explains_itself(error):
             raise

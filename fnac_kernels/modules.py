@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from fnac_kernels import _validate
+from fnac_kernels import _dispatch, _validate
 from fnac_kernels.functional import distributed_fnac_loss, fnac_loss
 from fnac_kernels.reference import FNACOutput
 
@@ -20,7 +20,7 @@ class FNACLoss(nn.Module):
     """:func:`fnac_kernels.fnac_loss` with its settings kept; it has no parameters.
 
     ``weights`` can be set between steps: ``(1, 0, 0, 0)`` during the NCE-only warm-up epochs, the published
-    ``(1, 100, 100, 100)`` after them. Numbers are checked when the module is made, and ``weights`` whenever it is set.
+    ``(1, 100, 100, 100)`` after them. Settings are checked when the module is made, and ``weights`` whenever it is set.
 
     With ``distributed`` it is :func:`fnac_kernels.distributed_fnac_loss` over ``process_group``.
     """
@@ -41,6 +41,8 @@ class FNACLoss(nn.Module):
         self.fg_threshold = _validate.number(fg_threshold, "fg_threshold")
         self.weights = weights
         self.adjacency_threshold = _validate.optional_number(adjacency_threshold, "adjacency_threshold")
+        if backend is not None:
+            _dispatch.check_name(backend, "backend")
         self.backend = backend
         self.distributed, self.process_group = distributed, process_group
         if process_group is not None and not distributed:

@@ -396,7 +396,7 @@ def test_module_equals_function_and_weights_change_between_steps():
         assert torch.equal(clone(IMG, AUD).loss, expected.loss)
 
 
-@pytest.mark.parametrize("settings", [{"tau": 0}, {"weights": (1,)}, {"fg_threshold": "x"}])
+@pytest.mark.parametrize("settings", [{"tau": 0}, {"weights": (1,)}, {"fg_threshold": "x"}, {"backend": "gpu"}])
 def test_module_checks_its_settings(settings):
     (name,) = settings
     with pytest.raises((ValueError, TypeError), match=name):

@@ -20,7 +20,7 @@ ALLOWED = {
     "__init__": {"_dispatch", "_info", "_native", "compat", "functional", "modules", "reference"},
     "__main__": {"_info"},
     "compat": {"functional"},
-    "modules": {"_validate", "functional", "reference"},
+    "modules": {"_dispatch", "_validate", "functional", "reference"},
     "functional": {"_dispatch", "_distributed", "_ops", "_validate", "reference"},
     "_distributed": {"_validate", "reference"},
     "_ops": {"_dispatch"},

@@ -3,6 +3,10 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(FNAC_BF16)
+#include "cpu/amx_instructions.h"
+#endif
+
 namespace fnac {
 namespace {
 
@@ -20,17 +24,15 @@ std::vector<const Kernels*> usable() {
         !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
         return tables;
     tables.push_back(&avx512_kernels());
-#if defined(FNAC_BF16)
-    // AMD's processors make bfloat16 products at twice the rate of float32 ones, Intel's at the same rate.
-    const bool bf16 = __builtin_cpu_supports("avx512bf16"), fast_bf16 = bf16 && __builtin_cpu_is("amd");
-    if (bf16 && !fast_bf16) tables.insert(tables.end() - 1, &avx512bf16_kernels());
-#endif
 #if defined(FNAC_VNNI)
-    if (__builtin_cpu_supports("avx512vnni")) tables.push_back(&avx512vnni_kernels());
+    if (!__builtin_cpu_supports("avx512vnni")) return tables;
+    tables.push_back(&avx512vnni_kernels());
 #endif
 #if defined(FNAC_BF16)
-    if (fast_bf16) tables.push_back(&avx512bf16_kernels());
-    if (amx_usable()) tables.push_back(&amx_kernels());
+    if (!__builtin_cpu_supports("avx512bf16")) return tables;
+    // AMD's processors make products of bfloat16 as fast as those of 16-bit integers, Intel's slower.
+    tables.insert(__builtin_cpu_is("amd") ? tables.end() : tables.end() - 1, &avx512bf16_kernels());
+    if (tiles::usable()) tables.push_back(&amx_kernels());
 #endif
 #endif
     return tables;

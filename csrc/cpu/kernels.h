@@ -99,7 +99,6 @@ const Kernels& avx512vnni_kernels();
 #endif
 #if defined(FNAC_BF16)
 const Kernels& avx512bf16_kernels();
-bool amx_usable();  // asks the kernel for permission to use the tiles, once per process
 const Kernels& amx_kernels();
 #endif
 #endif

@@ -60,8 +60,6 @@ class AmxProducts : public BFloat16Values {
 
 }  // namespace
 
-bool amx_usable() { return __builtin_cpu_supports("avx512bf16") && tiles::usable(); }
-
 const Kernels& amx_kernels() {
     static const Kernels table = screened<Avx512, AmxProducts, avx512_kernels>("amx");
     return table;

@@ -1,5 +1,5 @@
-// AVX512_BF16: the AVX-512 kernels with max-pooled logits through its bfloat16 products, two of which it adds
-// to a float32 lane in one instruction. Preferred to AVX-512 alone where that is faster: see dispatch.cpp.
+// AVX512_BF16, on processors that have AVX512_VNNI too: its kernels, but where bfloat16 products suffice, two
+// of which it adds to a float32 lane in one instruction. Preferred where that is faster: see dispatch.cpp.
 #include "cpu/bfloat16_impl.h"
 #include "cpu/pairs_impl.h"
 
@@ -33,10 +33,21 @@ struct Bf16Products : BFloat16Values {
     }
 };
 
+// Float32-exact logits go through integers: at the same rate, and of these cells fewer are multiplied again.
+void max_logits(const MaxLogits& job) {
+    if (!job.bf16_products) return avx512vnni_kernels().max_logits(job);
+    max_logits_screened<Avx512, Bf16Products>(job, avx512_kernels().max_logits);
+}
+
 }  // namespace
 
 const Kernels& avx512bf16_kernels() {
-    static const Kernels table = screened<Avx512, Bf16Products, avx512_kernels>("avx512bf16");
+    static const Kernels table = [] {
+        Kernels kernels = avx512vnni_kernels();
+        kernels.name = "avx512bf16";
+        kernels.max_logits = max_logits;
+        return kernels;
+    }();
     return table;
 }
 

@@ -208,6 +208,14 @@ def test_a_box_that_cannot_be_is_told_with_its_file_and_entry(run, tmp_path, gen
         run("test", *test)
 
 
+def test_interrupted_by_the_keyboard_it_says_so_and_no_more(monkeypatch, capsys):
+    monkeypatch.setitem(COMMANDS, "demo", lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as exit_:
+        main(["demo"])
+    assert exit_.value.code == 130
+    assert capsys.readouterr().err == "fnac: stopped by SIGINT; the same command goes on\n"
+
+
 def test_a_scheduler_needs_an_optimizer(run):
     with pytest.raises(SystemExit, match=r"^fnac: --lr_scheduler is given without --optimizer"):
         run("fit", "--lr_scheduler=StepLR", "--lr_scheduler.step_size=1")
