@@ -163,6 +163,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("isas", &available_isas);
     m.def("peak_fma", &peak_fma, unlocked);
     m.def("peak_amx", &peak_amx, unlocked);
+    m.attr("kept_from") = KeptMemory::kFrom;
     m.def("kept", &kept);
     m.def("release_kept", &KeptMemory::release);
     m.def("max_logits", &max_logits, unlocked);

@@ -1,4 +1,4 @@
-"""Gradients of image features lie in memory that is kept: reused when free and not before, bounded."""
+"""Gradients and scratch lie in memory that is kept: reused when free and not before, bounded."""
 
 from __future__ import annotations
 
@@ -97,12 +97,36 @@ def test_a_leaf_takes_the_gradient_without_copying_it_and_adds_the_next_to_it():
     torch.testing.assert_close(img.grad, 2 * once)
 
 
-def test_small_gradients_are_left_to_the_c_library():
-    img, aud = features((4, 16, 7, 7))
-    assert gradient(img, aud).untyped_storage().nbytes() == img.nbytes
-    before = megabytes("VmSize")
-    fk.empty_cache()
-    assert megabytes("VmSize") == before
+@pytest.mark.parametrize(("channels", "on_a_page"), [(127, False), (128, True)])
+def test_gradients_of_less_than_64_kib_are_left_to_the_c_library(channels, on_a_page):
+    img, aud = features((4, channels, 8, 4))
+    several = [gradient(img, aud) for _ in range(8)]
+    assert all(x.data_ptr() % 4096 == 0 for x in several) == on_a_page
+    assert {x.untyped_storage().nbytes() for x in several} == {img.nbytes}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_leaves_the_end_of_the_heap_as_it_is(dtype):
+    """Of what others freed there: the C library gives it back where it frees 64 KiB or more."""
+    code = f"""
+import ctypes, torch, fnac_kernels as fk
+img, aud = torch.randn(128, 512, 7, 7).to({dtype}).requires_grad_(), torch.randn(128, 512).to({dtype}).requires_grad_()
+def step():
+    return torch.autograd.grad(fk.fnac_loss(img, aud, backend="cpu").loss, (img, aud))
+for _ in range(3):
+    step()
+libc = ctypes.CDLL(None)
+libc.sbrk.restype = libc.malloc.restype = ctypes.c_void_p
+trim_threshold, mmap_threshold = -1, -3
+assert libc.mallopt(mmap_threshold, 1 << 30) and libc.mallopt(trim_threshold, 1 << 30)
+libc.free(ctypes.c_void_p(libc.malloc(ctypes.c_size_t(32 << 20))))
+assert libc.mallopt(trim_threshold, 1 << 20)
+end = libc.sbrk(0)
+step()
+print(libc.sbrk(0) - end)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
 
 
 def test_empty_cache_gives_back_what_nobody_holds():
@@ -161,7 +185,7 @@ def test_large_scratch_borrows_any_block_that_is_large_enough_and_leaves_it_as_i
     fk.empty_cache()
     before = megabytes("VmSize")
     fk.adjacency_contrastive(*inputs, backend="cpu")
-    assert 8 < megabytes("VmSize") - before < 12, "kept for the next"
+    assert 8 < megabytes("VmSize") - before < 16, "kept for the next"
     block = kept(64 * MIB)
     address = block.data_ptr()
     assert 64 <= megabytes("VmSize") - before < 68, "a larger result frees it"
@@ -171,11 +195,11 @@ def test_large_scratch_borrows_any_block_that_is_large_enough_and_leaves_it_as_i
     assert kept(64 * MIB).data_ptr() == address
 
 
-def test_no_more_is_kept_than_512_mib_and_8_blocks():
+def test_no_more_is_kept_than_512_mib_and_16_blocks():
     before = megabytes("VmSize")
     many = [kept(10 * MIB) for _ in range(20)]
     del many
-    assert 80 <= megabytes("VmSize") - before < 84
+    assert 160 <= megabytes("VmSize") - before < 164
     fk.empty_cache()
     large = [kept(300 * MIB) for _ in range(2)]
     del large

@@ -12,7 +12,7 @@
 namespace fnac {
 namespace {
 
-constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kHugePage = size_t{2} << 20, kSmallPages = size_t{64} << 10;
 constexpr size_t kLarge = size_t{8} << 20;
 
 struct Block {
@@ -20,15 +20,23 @@ struct Block {
     size_t bytes = 0;
 };
 
-size_t whole_pages(size_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
+// Whole huge pages, unless half of them would be waste. A block that is kept is worth them: a channel's slice
+// of all images touches every small page.
+size_t whole_pages(size_t bytes) {
+    const size_t unit = bytes < kHugePage / 2 ? kSmallPages : kHugePage;
+    return (bytes + unit - 1) / unit * unit;
+}
 
-// Whole huge pages. A block that is kept is worth them: a channel's slice of all images touches every small
-// page.
+void* fresh(size_t bytes) {
+    void* const mapped = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapped == MAP_FAILED) throw std::bad_alloc();
+    return mapped;
+}
+
 Block map(size_t bytes) {
     const size_t size = whole_pages(bytes);
-    void* const mapped =
-        mmap(nullptr, size + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (mapped == MAP_FAILED) throw std::bad_alloc();
+    if (size < kHugePage) return {fresh(size), size};
+    void* const mapped = fresh(size + kHugePage);
     const auto start = reinterpret_cast<uintptr_t>(mapped);
     const auto aligned = (start + kHugePage - 1) / kHugePage * kHugePage;
     const Block block{reinterpret_cast<void*>(aligned), size};
@@ -86,7 +94,7 @@ class Pool {
     std::mutex& mutex() { return mutex_; }
 
   private:
-    static constexpr size_t kBlocks = 8;
+    static constexpr size_t kBlocks = 16;
 
     std::mutex mutex_;
     std::array<Block, kBlocks> blocks_{};

@@ -94,10 +94,9 @@ void parallel_for(int threads, int64_t tasks, void (*body)(void*, int64_t, int),
 }
 
 Scratch::Scratch(size_t bytes) {
-    // The C library keeps what is freed resident, in holes that the next one need not fit: a step's peak is
-    // in its backward, after scratch of two passes.
-    constexpr size_t kept_from = size_t{4} << 20;
-    if (bytes >= kept_from) {
+    // Also because the C library keeps what is freed resident, in holes that the next one need not fit: a
+    // step's peak is in its backward, after scratch of two passes.
+    if (bytes >= KeptMemory::kFrom) {
         kept_ = new KeptMemory(bytes, KeptMemory::Use::kScratch);
         data_ = kept_->data();
     } else {

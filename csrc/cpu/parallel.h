@@ -24,8 +24,8 @@ void forked();
 
 class KeptMemory;
 
-// Scratch memory, 64-byte aligned, freed on destruction; large ones lie in kept memory. Throws std::bad_alloc
-// (translated to MemoryError).
+// Scratch memory, 64-byte aligned, freed on destruction; all but small ones lie in kept memory. Throws
+// std::bad_alloc (translated to MemoryError).
 class Scratch {
   public:
     explicit Scratch(size_t bytes);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,9 +14,8 @@ from fnac_kernels import _native
 _kernels = _native.module()  # this is imported where it is usable alone
 _ROW_STATS = 16
 _MOST_KEPT = 2048
-#: Bytes from which a gradient of the image features, or the loss's state, lies in memory that is kept for the next: a
-#: smaller one would waste most of a huge page.
-_KEPT_FROM = 1 << 20
+#: Bytes from which a result lies in memory that is kept for the next. Why: csrc/cpu/kept_memory.h.
+_KEPT_FROM: int = _kernels.kept_from
 
 
 def row_stats_columns(n: int, weights: Sequence[float], adjacency_threshold: float | None) -> int:
@@ -33,21 +33,28 @@ def row_stats_columns(n: int, weights: Sequence[float], adjacency_threshold: flo
 
 
 def _floats(like: Tensor, *shape: int) -> Tensor:
-    return like.new_empty(*shape, dtype=torch.float32)  # sizes one by one are read faster than a tuple of them
+    """Room for floats."""
+    if 4 * math.prod(shape) < _KEPT_FROM:
+        return like.new_empty(*shape, dtype=torch.float32)  # sizes one by one are read faster than a tuple of them
+    strides = [math.prod(shape[i:]) for i in range(1, len(shape) + 1)]
+    return from_dlpack(_kernels.kept((shape, strides), 0))
 
 
-def _kept_floats(like: Tensor, size: int) -> Tensor:
-    """Room for floats: the last one's, where nobody holds that any more."""
-    if 4 * size < _KEPT_FROM:
-        return _floats(like, size)
-    return from_dlpack(_kernels.kept(((size,), (1,)), 0))
+def _gradient_of(x: Tensor) -> Tensor:
+    """Room for a gradient of dense ``x``."""
+    if x.nbytes < _KEPT_FROM:
+        return torch.empty_like(x)
+    return from_dlpack(_kernels.kept((x.shape, x.stride()), _native.DTYPES[x.dtype]))
 
 
-def _gradient_of(img: Tensor) -> Tensor:
-    """Room for a gradient of dense ``img``, as :func:`_kept_floats`."""
-    if img.nbytes < _KEPT_FROM:
-        return torch.empty_like(img)
-    return from_dlpack(_kernels.kept((img.shape, img.stride()), _native.DTYPES[img.dtype]))
+def _wide(x: Tensor) -> Tensor:
+    """Dense ``x`` in float32."""
+    return x if x.dtype == torch.float32 else _floats(x, *x.shape).copy_(x)
+
+
+def _narrow(gradient: Tensor, x: Tensor) -> Tensor:
+    """A gradient of ``x`` in its dtype."""
+    return gradient if gradient.dtype == x.dtype else _gradient_of(x).copy_(gradient)
 
 
 def _bfloat16_products(img: Tensor, aud: Tensor) -> bool:
@@ -57,7 +64,7 @@ def _bfloat16_products(img: Tensor, aud: Tensor) -> bool:
 
 
 def max_logits(img: Tensor, aud: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    n, m, wide = len(img), len(aud), aud.float()
+    n, m, wide = len(img), len(aud), _wide(aud)
     outputs = _floats(img, n, m), img.new_empty(n, m, dtype=torch.uint16)
     _kernels.max_logits(
         _native.image(img),
@@ -74,7 +81,7 @@ def max_logits(img: Tensor, aud: Tensor, tau: float) -> tuple[Tensor, Tensor]:
 def pool_pairs(
     img: Tensor, aud: Tensor, tau: float, threshold: float, pooled: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (n, c, h, w), wide = img.shape, aud.float()
+    (n, c, h, w), wide = img.shape, _wide(aud)
     rows = n if pooled else 0
     outputs = (
         _floats(img, n, h, w),
@@ -112,8 +119,8 @@ def feature_backward(
     need_aud: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     dimg = _gradient_of(img) if need_img else None
-    wide = None if aud is None else aud.float()
-    daud = torch.empty_like(wide) if need_aud and wide is not None else None
+    wide = None if aud is None else _wide(aud)
+    daud = _gradient_of(wide) if need_aud and wide is not None else None
     _kernels.feature_backward(
         _native.image(img),
         _native.address(wide),
@@ -122,9 +129,7 @@ def feature_backward(
         *_native.addresses(grad_logits, argmax, grad_maps, mask, grad_avg, grad_foreground, grad_aud, dimg, daud),
         torch.get_num_threads(),
     )
-    if daud is not None and aud is not None and aud.dtype != torch.float32:
-        daud = daud.to(aud.dtype)
-    return dimg, daud
+    return dimg, daud if daud is None or aud is None else _narrow(daud, aud)
 
 
 def adjacency(
@@ -136,7 +141,7 @@ def adjacency(
     weights: tuple[float, ...],
     adjacency_threshold: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (n, c), wide = aud.shape, aud.float()
+    (n, c), wide = aud.shape, _wide(aud)
     columns = row_stats_columns(n, weights, adjacency_threshold)
     outputs = (
         aud.new_empty((), dtype=torch.float32),
@@ -172,10 +177,10 @@ def adjacency_backward(
     adjacency_threshold: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, c = aud.shape
-    inputs = (logits, aud.float(), img_avg, foreground)
+    inputs = (logits, _wide(aud), img_avg, foreground)
     # A gradient that no wanted term reaches is not written by the kernel.
     written = (True, weights[1] or weights[2], weights[3], weights[2])
-    grads = [torch.empty_like(x) if w else torch.zeros_like(x) for x, w in zip(inputs, written, strict=True)]
+    grads = [_gradient_of(x) if w else torch.zeros_like(x) for x, w in zip(inputs, written, strict=True)]
     _kernels.adjacency_backward(
         _native.addresses(*inputs),
         n,
@@ -210,7 +215,7 @@ def loss(
     """``max_logits``, ``pool_pairs`` and ``adjacency`` in one call: Python between kernels starts from cold caches."""
     n, c, h, w = img.shape
     floats = _state_floats(n, c, h * w, weights, adjacency_threshold)
-    maps, state, wide = _floats(img, n, h, w), _kept_floats(img, floats), aud.float()
+    maps, state, wide = _floats(img, n, h, w), _floats(img, floats), _wide(aud)
     # Views of one tensor would have to be made, and made independent of each other. A scalar kept for all calls would
     # be of the default dtype and the mode that the first one met.
     scalar = img.new_empty((), dtype=torch.float32)
@@ -248,8 +253,8 @@ def loss_backward(
     """``adjacency_backward`` and ``feature_backward`` in one call."""
     n, c = aud.shape
     keeps = need_img and img.nbytes >= _KEPT_FROM
-    dimg, wide = torch.empty_like(img) if need_img and not keeps else None, aud.float()
-    daud, scratch = torch.empty_like(wide) if need_aud else None, _kept_floats(img, n * n + 3 * n * c)
+    dimg, wide = torch.empty_like(img) if need_img and not keeps else None, _wide(aud)
+    daud, scratch = _gradient_of(wide) if need_aud else None, _floats(img, n * n + 3 * n * c)
     capsule = _kernels.loss_backward(
         *_native.addresses(grad_loss, grad_terms, grad_maps),
         _native.image(img),
@@ -267,6 +272,4 @@ def loss_backward(
     )
     if keeps:
         dimg = from_dlpack(capsule)
-    if daud is not None and aud.dtype != torch.float32:
-        daud = daud.to(aud.dtype)
-    return dimg, daud
+    return dimg, None if daud is None else _narrow(daud, aud)
