@@ -7,6 +7,7 @@ import functools
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -42,11 +43,14 @@ def facts(device: str) -> dict[str, Any]:
 
 
 def _processor() -> str:
+    """Its name; clouds leave the number out, by which one generation is told from the next."""
     cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
-    )
-    return names[0].partition(":")[2].strip() if names else platform.machine()
+    first = cpuinfo.read_text().partition("\n\n")[0] if cpuinfo.exists() else ""
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    name = facts.get("model name", platform.machine())
+    if "model name" in facts and not re.search(r"\d", name):
+        return f"{name}, family {facts['cpu family']} model {facts['model']}"
+    return name
 
 
 def _version(package: str) -> str:
