@@ -30,9 +30,10 @@ bool copy_line(const From* from, int64_t from_stride, int64_t count, To* to, int
 
 // to[c * to_stride + r] = from[r * from_stride + c] for `rows` x `cols` elements. Where rows is no multiple
 // of kLanes, up to kLanes - 1 elements after a row of `to` are overwritten too, before the next row is
-// written.
-template <class V, class From, class To>
-void transpose(const From* from, int64_t from_stride, int64_t rows, int64_t cols, To* to, int64_t to_stride) {
+// written. `fetch(r, c)`, before the block there, may prefetch what is read later.
+template <class V, class From, class To, class Fetch>
+void transpose(const From* from, int64_t from_stride, int64_t rows, int64_t cols, To* to, int64_t to_stride,
+               Fetch fetch) {
     for (int64_t r = 0; r < rows; r += V::kLanes) {
         const int64_t height = smaller(V::kLanes, rows - r);
         for (int64_t c = 0; c < cols; c += V::kLanes) {
@@ -40,14 +41,21 @@ void transpose(const From* from, int64_t from_stride, int64_t rows, int64_t cols
             if (width == 1 &&
                 copy_line(from + r * from_stride + c, from_stride, height, to + c * to_stride + r, 1))
                 continue;
-            // Rows are read a vector at a time: no stream that the hardware would see ahead.
-            for (int64_t i = 0; i < V::kLanes; ++i)
-                __builtin_prefetch(from + (r + i + V::kLanes) * from_stride + c);
+            fetch(r, c);
             typename V::F x[V::kLanes];
             load_transposed<V>(from + r * from_stride + c, from_stride, height, width, x);
             for (int64_t i = 0; i < width; ++i) V::store(to + (c + i) * to_stride + r, x[i]);
         }
     }
+}
+
+// Rows are read a vector at a time: no stream that the hardware would see ahead, so the next are prefetched.
+template <class V, class From, class To>
+void transpose(const From* from, int64_t from_stride, int64_t rows, int64_t cols, To* to, int64_t to_stride) {
+    transpose<V>(from, from_stride, rows, cols, to, to_stride, [&](int64_t r, int64_t c) {
+        for (int64_t i = 0; i < V::kLanes; ++i)
+            __builtin_prefetch(from + (r + i + V::kLanes) * from_stride + c);
+    });
 }
 
 // The same, and nothing else is overwritten; rows of `to` are finished one group after the other, as suits a

@@ -284,12 +284,29 @@ class Worker {
         with_dtype(img_.dtype, [&]<class T>(T) {
             const T* from = static_cast<const T*>(img_.data) + (cells_.image + i) * img_.image_size() +
                             (cells_.begin + begin) * img_.stride_p;
-            if (img_.stride_c != 1) return transpose<V>(from, img_.stride_c, c, end - begin, to, stride);
+            if (img_.stride_c != 1) return transpose_cells(from, begin, end, to);
             for (int64_t p = 0; p < end - begin; ++p)
                 for (int64_t k = 0; k < c; k += V::kLanes)
                     V::store_n(to + p * stride + k, V::load_n(from + p * img_.stride_p + k, c - k), c - k);
         });
         return to;
+    }
+
+    // The cells [begin, end), of which `from` is the first. Of a whole image, lines of memory far ahead, at
+    // last the next image's, are fetched as fast as they are used up, into the second cache: DRAM takes
+    // longer than the next rows leave it.
+    template <class T>
+    void transpose_cells(const T* from, int64_t begin, int64_t end, float* to) const {
+        constexpr int64_t kAhead = 32 * 1024, kLine = 64;
+        const int64_t c = img_.c, stride = img_.stride_c, cells = end - begin, p = img_.p;
+        if (cells_.count < p) return transpose<V>(from, stride, c, cells, to, row_stride());
+        const int64_t bytes = static_cast<int64_t>(sizeof(T)) * img_.image_size();
+        const int64_t blocks = ceil_div(c, V::kLanes) * ceil_div(p, V::kLanes);
+        const int64_t lines = ceil_div(bytes, kLine * blocks);
+        const auto* line = reinterpret_cast<const std::byte*>(from - begin) + bytes * begin / p + kAhead;
+        transpose<V>(from, stride, c, cells, to, row_stride(), [&](int64_t, int64_t) {
+            for (int64_t i = 0; i < lines; ++i, line += kLine) __builtin_prefetch(line, 0, 2);
+        });
     }
 
     void pack_image(int64_t i) {
