@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,22 +27,22 @@ class Timing:
 def interleave(
     steps: Mapping[str, Callable[[], object]], device: str = "cpu", *, rounds: int = 25, seconds: float = 10.0
 ) -> dict[str, Timing]:
-    """Time each step ``rounds`` times in rotating order, fewer where ``seconds`` run out, but at least 3 times.
+    """Time each step ``rounds`` times, each round in another order; fewer where ``seconds`` run out, at least 3 times.
 
-    A step has been called before (compiled, caches of its own filled). On CUDA the L2 cache is overwritten
-    before each sample; on the CPU the turns of the others do that.
+    Orders are shuffled, the same ones in every run: in a fixed or a rotating order a step would always follow the same
+    one, whose code may be its own. A step has been called before (compiled, caches of its own filled). On CUDA the L2
+    cache is overwritten before each sample; on the CPU the turns of the others do that.
     """
     sample = _cuda_sample if device == "cuda" else _cpu_sample
     repeats = {name: _repeats(sample, step) for name, step in steps.items()}
     samples: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
+    orders = random.Random(0)
     end = time.perf_counter() + seconds
     enabled = gc.isenabled()
     gc.disable()
     try:
         for turn in range(rounds):
-            shift = turn % len(names)
-            for name in names[shift:] + names[:shift]:
+            for name in orders.sample(list(steps), len(steps)):
                 samples[name].append(sample(steps[name], repeats[name]))
             if turn >= 2 and time.perf_counter() > end:
                 break

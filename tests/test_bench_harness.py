@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -37,10 +38,21 @@ def test_the_timer_alternates_and_orders_by_duration():
 
     timings = interleave({"short": sleeper("short", 0.003), "long": sleeper("long", 0.03)}, rounds=4)
     turns = calls[2:]  # the first two find the number of repeats
-    assert turns == ["short", "long", "long", "short"] * 2
+    assert all(set(turns[i : i + 2]) == {"short", "long"} for i in range(0, 8, 2))
     assert 3 <= timings["short"].p20 <= timings["short"].p50 <= timings["short"].p80
     assert timings["short"].p50 < timings["long"].p50
     assert timings["long"].rounds == 4
+
+
+def test_every_step_follows_every_other_and_runs_have_the_same_orders():
+    def orders() -> list[str]:
+        calls = []
+        interleave({name: lambda name=name: calls.append(name) or time.sleep(0.002) for name in "abc"}, rounds=30)
+        return [name for i, name in enumerate(calls) if i == 0 or calls[i - 1] != name]
+
+    first = orders()
+    assert set(itertools.pairwise(first)) == {(a, b) for a in "abc" for b in "abc" if a != b}
+    assert orders() == first
 
 
 def test_the_timer_stops_when_its_time_is_over_but_not_before_three_rounds():

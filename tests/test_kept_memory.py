@@ -210,6 +210,16 @@ def test_no_more_is_kept_than_512_mib_and_16_blocks():
     assert megabytes("VmSize") - before < 4
 
 
+def test_where_all_places_are_taken_a_larger_block_is_kept_for_the_smallest():
+    small = [kept((64 << 10) * i) for i in range(1, 17)]
+    large = kept(3 * MIB)
+    addresses, where = [x.data_ptr() for x in small], large.data_ptr()
+    del small
+    del large
+    assert kept(3 * MIB).data_ptr() == where
+    assert kept(64 << 10).data_ptr() == addresses[1], "the smallest made place"
+
+
 def test_a_block_that_nobody_makes_a_tensor_of_is_kept_for_the_next():
     capsule = _native.module().kept(((2, 3 * MIB), (3 * MIB, 1)), 1)
     before = megabytes("VmSize")

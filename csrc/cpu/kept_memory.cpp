@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <mutex>
@@ -68,17 +69,15 @@ class Pool {
         return std::exchange(*best, {});
     }
 
-    // Whether there was room for it.
-    bool keep(const Block& block) {
+    // Keeps it, where there are no more places in that of the smallest; returns what there is no room for.
+    Block keep(const Block& block) {
         const std::lock_guard lock(mutex_);
-        if (block.bytes > KeptMemory::kMost - kept_) return false;
-        for (Block& place : blocks_)
-            if (place.data == nullptr) {
-                place = block;
-                kept_ += block.bytes;
-                return true;
-            }
-        return false;
+        Block& smallest = *std::min_element(blocks_.begin(), blocks_.end(),
+                                            [](const Block& a, const Block& b) { return a.bytes < b.bytes; });
+        if (smallest.bytes >= block.bytes || block.bytes > KeptMemory::kMost - kept_ + smallest.bytes)
+            return block;
+        kept_ += block.bytes - smallest.bytes;
+        return std::exchange(smallest, block);
     }
 
     void clear() {
@@ -127,10 +126,7 @@ KeptMemory::KeptMemory(size_t bytes, Use use) : size_(bytes) {
     capacity_ = block.bytes;
 }
 
-KeptMemory::~KeptMemory() {
-    const Block block{data_, capacity_};
-    if (!pool().keep(block)) unmap(block);
-}
+KeptMemory::~KeptMemory() { unmap(pool().keep({data_, capacity_})); }
 
 void KeptMemory::release() { pool().clear(); }
 
