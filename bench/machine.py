@@ -46,10 +46,10 @@ def _processor() -> str:
     """Its name; clouds leave the number out, by which one generation is told from the next."""
     cpuinfo = Path("/proc/cpuinfo")
     first = cpuinfo.read_text().partition("\n\n")[0] if cpuinfo.exists() else ""
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
-    name = facts.get("model name", platform.machine())
-    if "model name" in facts and not re.search(r"\d", name):
-        return f"{name}, family {facts['cpu family']} model {facts['model']}"
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    name = fields.get("model name", platform.machine())
+    if "cpu family" in fields and not re.search(r"\d", name):
+        return f"{name}, family {fields['cpu family']} model {fields['model']}"
     return name
 
 
