@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +23,7 @@ from fnac_kernels import _dispatch, _native
 pytestmark = pytest.mark.skipif(_dispatch.BACKENDS["cpu"].problem is not None, reason="the cpu backend is not built")
 
 MIB = 1 << 20
+COMPILER = os.environ.get("CXX", "c++")
 SHAPE = (64, 1024, 6, 6)  # 9 MiB in float32, as much as is kept
 
 
@@ -49,6 +53,11 @@ def not_sanitized() -> None:
     """AddressSanitizer's own allocator has blocks of less than 4 MiB, where it watches them."""
     if _native.module().kept_from > 64 << 10:
         pytest.skip("built with AddressSanitizer")
+
+
+def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=300, check=False)
 
 
 def megabytes(field: str) -> float:
@@ -112,29 +121,61 @@ def test_gradients_of_less_than_64_kib_are_left_to_the_c_library(channels, on_a_
     assert {x.untyped_storage().nbytes() for x in several} == {img.nbytes}
 
 
+# Counts what is asked of the C library in blocks of 64 KiB and more, by whatever it is loaded before.
+COUNT_LARGE_BLOCKS = """
+#include <atomic>
+#include <cerrno>
+#include <cstddef>
+extern "C" {
+void* __libc_malloc(size_t);
+void* __libc_calloc(size_t, size_t);
+void* __libc_realloc(void*, size_t);
+void* __libc_memalign(size_t, size_t);
+static std::atomic<long> large{0};
+static size_t counted(size_t size) {
+  large += size >= 64 << 10;
+  return size;
+}
+long large_blocks() { return large; }
+void* malloc(size_t size) { return __libc_malloc(counted(size)); }
+void* calloc(size_t count, size_t size) { return counted(count * size), __libc_calloc(count, size); }
+void* realloc(void* block, size_t size) { return __libc_realloc(block, counted(size)); }
+void* memalign(size_t alignment, size_t size) { return __libc_memalign(alignment, counted(size)); }
+void* aligned_alloc(size_t alignment, size_t size) { return __libc_memalign(alignment, counted(size)); }
+int posix_memalign(void** block, size_t alignment, size_t size) {
+  *block = __libc_memalign(alignment, counted(size));
+  return *block ? 0 : ENOMEM;
+}
+}
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="counts the calls of glibc")
+@pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"there is no {COMPILER}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_leaves_the_end_of_the_heap_as_it_is(dtype):
-    """Of what others freed there: the C library gives it back where it frees 64 KiB or more."""
+def test_a_step_asks_the_c_library_for_no_large_block(dtype, tmp_path):
+    """Which looks at the heap's end where it frees 64 KiB or more, and gives back what others left there."""
     not_sanitized()
+    counter = tmp_path / "count.so"
+    build = [COMPILER, "-x", "c++", "-", "-shared", "-fPIC", "-o", str(counter)]
+    subprocess.run(build, input=COUNT_LARGE_BLOCKS, text=True, check=True)
     code = f"""
 import ctypes, torch, fnac_kernels as fk
-img, aud = torch.randn(128, 512, 7, 7).to({dtype}).requires_grad_(), torch.randn(128, 512).to({dtype}).requires_grad_()
-def step():
-    return torch.autograd.grad(fk.fnac_loss(img, aud, backend="cpu").loss, (img, aud))
-for _ in range(3):
+large_blocks = ctypes.CDLL(None).large_blocks
+def asked_for_by(function):
+    before = large_blocks()
+    function()
+    return large_blocks() - before
+assert asked_for_by(lambda: torch.empty(64 << 10, dtype=torch.uint8)) == 1, "counts nothing"
+for b in (32, 128, 256):
+    img, aud = torch.randn(b, 512, 7, 7).to({dtype}).requires_grad_(), torch.randn(b, 512).to({dtype}).requires_grad_()
+    def step():
+        torch.autograd.grad(fk.fnac_loss(img, aud, backend="cpu").loss, (img, aud))
     step()
-libc = ctypes.CDLL(None)
-libc.sbrk.restype = libc.malloc.restype = ctypes.c_void_p
-trim_threshold, mmap_threshold = -1, -3
-assert libc.mallopt(mmap_threshold, 1 << 30) and libc.mallopt(trim_threshold, 1 << 30)
-libc.free(ctypes.c_void_p(libc.malloc(ctypes.c_size_t(32 << 20))))
-assert libc.mallopt(trim_threshold, 1 << 20)
-end = libc.sbrk(0)
-step()
-print(libc.sbrk(0) - end)
+    print(b, asked_for_by(step))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
-    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
+    done = run(code, LD_PRELOAD=str(counter))
+    assert (done.returncode, done.stdout) == (0, "32 0\n128 0\n256 0\n"), done.stderr
 
 
 def test_empty_cache_gives_back_what_nobody_holds():
@@ -274,5 +315,5 @@ fk.max_logits(img, aud, backend="cpu").sum().backward()
 import builtins
 builtins.kept = img
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    done = run(code)
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,10 +1,10 @@
 // Memory for results and scratch: what one frees is kept for the next.
 //
-// The C library gives blocks of more than 32 MB back to the system as soon as they are freed. Where a block
-// of 64 KB and more is freed it looks at the heap's end, and gives that back where it has grown beyond a
-// limit, also what others left there: a small call pays for the memory of the large ones around it, which
-// then fill fresh pages again. The two cost up to a third of the whole loss (csrc/README.md). A training step
-// frees its results and scratch, and the next step wants the same sizes.
+// The C library gives blocks of more than 32 MB back to the system as soon as they are freed. Where a freed
+// block makes 64 KB and more with what is free beside it, it looks at the heap's end, and gives that back
+// where it has grown beyond a limit, also what others left there: a small call pays for the memory of the
+// large ones around it, which then fill fresh pages again. The two cost up to a third of the whole loss
+// (csrc/README.md). A training step frees its results and scratch, and the next step wants the same sizes.
 #pragma once
 
 #include <cstddef>
