@@ -57,6 +57,8 @@ def is_exhaustion(problem: BaseException) -> bool:
 def peak(op: str, case: str, contender: str, dtype: torch.dtype, device: str, size: int) -> int:
     """Bytes that a call needs beyond its inputs, its results included, in a fresh process with ``size`` bytes.
 
+    It has this one's number of threads and precision of float32 products.
+
     Raises:
         OutOfMemory: they do not suffice.
         RuntimeError: the call fails in another way.
@@ -65,7 +67,8 @@ def peak(op: str, case: str, contender: str, dtype: torch.dtype, device: str, si
     # torch is imported once, and each child is a fork that has run nothing.
     context.set_forkserver_preload(["bench.memory"])
     here, there = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(there, op, case, contender, dtype, device, size))
+    settings = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    child = context.Process(target=_child, args=(there, op, case, contender, dtype, device, size, *settings))
     child.start()
     there.close()
     try:
@@ -81,8 +84,20 @@ def peak(op: str, case: str, contender: str, dtype: torch.dtype, device: str, si
     raise (OutOfMemory if kind == "memory" else RuntimeError)(text)
 
 
-def _child(there: Connection, op: str, case: str, contender: str, dtype: torch.dtype, device: str, size: int) -> None:
+def _child(
+    there: Connection,
+    op: str,
+    case: str,
+    contender: str,
+    dtype: torch.dtype,
+    device: str,
+    size: int,
+    threads: int,
+    matmul_precision: str,
+) -> None:
     try:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(matmul_precision)
         inputs = leaves(OPS[op], CASES[case], device)
         with limited(device, size):
             run = step(OPS[op], CONTENDERS[contender], inputs, dtype)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy._core.multiarray import scalar
 from torch import Tensor
 
 from fnac.files import once_whole
@@ -16,8 +17,7 @@ LIGHTNING_PREFIX = "model."  # the attribute of the Lightning module that holds 
 
 # Official files keep their best scores as numpy scalars, which torch's safe unpickler must be told are harmless.
 _HARMLESS: list[Any] = [
-    np._core.multiarray.scalar,  # type: ignore[attr-defined]
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # type: ignore[attr-defined]
+    *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")),  # NumPy 2 and 1 call it so
     np.dtype,
     *{type(np.dtype(name)) for name in ("float16", "float32", "float64", "int32", "int64", "bool")},
 ]

@@ -177,7 +177,7 @@ def main(args: list[str] | None = None) -> None:
         if command == "fit":
             remedy = "give the run's last.ckpt as --ckpt_path to go on"
         else:
-            remedy = f"the same command {'goes on' if command in COMMANDS else 'begins anew'}"
+            remedy = f"the same command {'goes on' if command in ('demo', 'extract') else 'begins anew'}"
         print(f"fnac: stopped by {number.name}; {remedy}", file=sys.stderr)
         sys.exit(128 + number)
     except Exception as error:

@@ -30,11 +30,12 @@ class AudioVisualModel(nn.Module):
         image_dropout: of the image features before their projection.
         audio_dropout: of the audio features before theirs.
         image_weights: what the image encoder starts from: "imagenet" (torchvision's, downloaded on first use), a file
-            made by :func:`save_image_encoder`, or None for random weights.
+            made by :func:`fnac.warmup.warm_up` or a checkpoint of the whole model, or None for random weights.
 
     Shape:
         image ``(N, 3, S, S)``, ImageNet-normalised, and audio ``(M, 1, F, T)``, log spectrograms, to img
-        ``(N, dim, S/32, S/32)`` and aud ``(M, dim)``, both of unit norm over ``dim``.
+        ``(N, dim, S/32, S/32)`` and aud ``(M, dim)``, both of unit norm over ``dim`` (under autocast
+        within the rounding of its dtype).
     """
 
     def __init__(

@@ -42,7 +42,7 @@ class PredictionWriter(BasePredictionWriter):
         """Write a batch's files."""
         mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
         for name, image, found in zip(prediction["name"], batch["image"].cpu(), prediction["map"].cpu(), strict=True):
-            frame = (255 * (image * std + mean)).clamp(0, 255).byte().permute(1, 2, 0).numpy()
+            frame = (255 * (image * std + mean)).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
             frame = np.asarray(Image.fromarray(frame).resize((SIZE, SIZE)))
             with once_whole(self.output_dir / f"{name}.npy") as path, path.open("wb") as file:
                 np.save(file, found.float().numpy())

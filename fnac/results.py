@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fnac.files import once_whole
+from fnac_kernels import __version__
 
 Table = Mapping[str, Mapping[str, float]]  # row -> score -> value in 0..1
 
@@ -49,13 +50,14 @@ def render(table: Table) -> str:
 
 def environment() -> dict[str, str]:
     """What results depend on besides settings: machine, threads and versions."""
-    packages = ("fnac-kernels", "torch", "torchvision", "torchaudio", "lightning")
+    packages = ("torch", "torchvision", "torchaudio", "lightning")
     cpu = torch.cpu.get_capabilities().get("cpu_name", platform.processor())
     return {
         "machine": f"{platform.machine()} {cpu}",
         "threads": str(torch.get_num_threads()),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "python": platform.python_version(),
+        "fnac-kernels": __version__,
         **{package: importlib.metadata.version(package) for package in packages},
     }
 

@@ -10,15 +10,15 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 
-from fnac import metrics
+from fnac import metrics, segmentation
 from fnac.checkpoints import read_weights
 from fnac.evaluation import Evaluation
 from fnac.metrics import Upsampling
 from fnac.model import AudioVisualModel, image_encoder, load_strictly, object_maps
 from fnac_kernels import FNACLoss, paired_maps
 
-MODEL, OBJECT_GUIDED, OBJECT_ONLY = "model", "model + objects", "object only"
-NEEDS_NO_MODEL = {"centre": metrics.centre_box, "whole frame": metrics.whole_frame, "oracle": metrics.oracle}
+MODEL, OBJECT_GUIDED, OBJECT_ONLY, ORACLE = "model", "model + objects", "object only", "oracle"
+NEEDS_NO_MODEL = {"centre": metrics.centre_box, "whole frame": metrics.whole_frame, ORACLE: metrics.oracle}
 CHOSEN_AT_USE = (
     "image_weights", "init_from", "upsampling", "object_weights", "object_alpha", "channels_last", "backend",
 )  # fmt: skip
@@ -42,7 +42,7 @@ class Localization(LightningModule):
         tau: temperature.
         fg_threshold: of the foreground mask.
         weights: of nce, fns_audio, tne, fns_visual after the warm-up. The three distances are means over N * N
-            pairs: the published 100 belongs to a batch of 256.
+            pairs: the published 100 belongs to a batch of 256, which gradients accumulated over smaller ones are not.
         adjacency_threshold: audio similarity from which a pair is no negative (null: the published method).
         negatives: where several processes train, "process" compares a clip with those of its own process's batch, as
             the official code does, and "all" with those of all processes: a batch that one device cannot hold.
@@ -126,7 +126,9 @@ class Localization(LightningModule):
 
     def configure_model(self) -> None:
         """Take the trainer's precision: it would do so after loading a checkpoint, whose float64 were rounded then."""
-        self.trainer.precision_plugin.convert_module(self)
+        if self._trainer is not None:  # load_from_checkpoint has none
+            for module in (self, *self._objects):
+                self.trainer.precision_plugin.convert_module(module)
 
     def forward(self, image: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised features ``img (N, C, H, W)`` and ``aud (N, C)``."""
@@ -171,6 +173,8 @@ class Localization(LightningModule):
         truth = batch["mask"] if "mask" in batch else batch["gt"]
         found = self._compared_maps(batch["image"], batch["audio"])
         found |= {name: draw(truth) for name, draw in NEEDS_NO_MODEL.items()}
+        if "mask" in batch:
+            found[ORACLE] = segmentation.oracle(truth)
         for row, scores in self.test_scores.items():
             scores.update(found[row], batch)  # type: ignore[operator]
 

@@ -1,6 +1,6 @@
 """Which backend runs a call, and why another one does not.
 
-A backend is a module below ``fnac_kernels.backends`` that offers the functions listed in :data:`PRIMITIVES`.
+A backend is a module below ``fnac_kernels.backends`` that offers the primitives of ``backends/README.md``.
 It is imported when it is first asked for; a failure is remembered and explained, not raised at import.
 """
 
@@ -17,15 +17,6 @@ from typing import Any, TypeVar
 
 import torch
 
-#: What a backend module offers; the contracts stand in ``backends/README.md``.
-PRIMITIVES = (
-    "max_logits",
-    "pool_pairs",
-    "foreground_pool",
-    "feature_backward",
-    "adjacency",
-    "adjacency_backward",
-)
 REFERENCE = "reference"
 F = TypeVar("F", bound=Callable[..., Any])
 

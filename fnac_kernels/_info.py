@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+import fnac_kernels
 from fnac_kernels import _dispatch, _native
 
 
@@ -16,10 +17,10 @@ def info() -> dict[str, Any]:
     and the backend that is ordered instead, if one is."""
     return {
         "versions": {
-            "fnac_kernels": _version("fnac-kernels"),
+            "fnac_kernels": fnac_kernels.__version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "triton": _version("triton"),
+            "triton": _triton_version(),
         },
         "cpu": {
             "machine": platform.machine(),
@@ -44,9 +45,9 @@ def _ordered() -> str | None:
         return str(error)
 
 
-def _version(distribution: str) -> str:
+def _triton_version() -> str:
     try:
-        return importlib.metadata.version(distribution)
+        return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
 

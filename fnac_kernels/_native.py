@@ -100,10 +100,10 @@ def cpu_features() -> dict[str, Any]:
 def empty_cache() -> None:
     """Give memory that the ``cpu`` backend keeps, and no tensor uses, back to the system.
 
-    Gradients, what the loss keeps for its backward pass, and scratch, each of 64 KiB or more, lie in memory that is
-    kept when they are freed, at most 512 MiB of it, because giving pages back and filling fresh ones takes up to a
-    third of the loss's time. A gradient that fits none of the blocks kept frees them first, so the loss's own peak is
-    what it was; what the process does between two steps has that much less.
+    Results (gradients, logits, maps, what the loss keeps for its backward pass) and scratch of 64 KiB or more lie in
+    memory that is kept when they are freed, at most 512 MiB of it, because giving pages back and filling fresh ones
+    takes up to a third of the loss's time. A result of 8 MiB or more that fits none of the blocks kept frees them
+    first, so the loss's own peak is what it was; what the process does between two steps has that much less.
     """
     loaded, _ = _load()
     if loaded is not None:

@@ -8,6 +8,7 @@ matched pairs, ``Slogits[arange(B), arange(B)]``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from fnac_kernels.functional import fnac_loss, similarity_maps
 class LazySimilarity:
     """Stands in for ``Slogits``: matched pairs come from the maps at hand, anything else builds the whole tensor once.
 
-    It takes indexing, attributes and methods of a tensor, and torch functions.
+    It takes indexing, operators, attributes and methods of a tensor, and torch functions.
     """
 
     def __init__(self, img: Tensor, aud: Tensor, tau: float, maps: Tensor) -> None:
@@ -62,6 +63,16 @@ class LazySimilarity:
             return type(x)(map(whole, x)) if isinstance(x, (list, tuple)) else x
 
         return func(*map(whole, args), **{k: whole(v) for k, v in (kwargs or {}).items()})
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    """Python looks operators up in the class, not by ``__getattr__``."""
+    return lambda self, *others: getattr(self.tensor(), name)(*others)
+
+
+for _names in ("add radd sub rsub mul rmul truediv rtruediv pow matmul", "neg abs", "lt le gt ge eq ne"):
+    for _name in _names.split():
+        setattr(LazySimilarity, f"__{_name}__", _operator(f"__{_name}__"))
 
 
 def _is_arange(index: Any, length: int) -> bool:

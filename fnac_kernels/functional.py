@@ -113,7 +113,8 @@ def fnac_loss(
 
     Returns:
         FNACOutput of scalars ``loss, nce, fns_audio, tne, fns_visual`` and ``maps (N, H, W)``, the similarity of each
-        matched pair divided by tau. All are differentiable, but for terms of weight 0, which are constants.
+        matched pair divided by tau. All are differentiable, but for terms of weight 0, whose gradient is 0 (from
+        ``reference`` they are constants).
 
     Raises:
         ValueError, TypeError: an argument is not as described here.
@@ -311,6 +312,8 @@ def adjacency_contrastive(
     adjacency_threshold = _validate.optional_number(adjacency_threshold, "adjacency_threshold")
     wide = any(x.dtype == torch.float64 for x in (logits, aud, img_avg, foreground))
     name = _dispatch.select(_dispatch.requested(backend), logits.device.type, torch.float64 if wide else torch.float32)
+    if not wide:
+        aud = aud.to(_autocast_dtype(logits, aud) or aud.dtype)  # the one of them that is given, not computed
     if name == _dispatch.REFERENCE:
         with _without_autocast(logits):
             if wide:

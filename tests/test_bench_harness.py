@@ -108,6 +108,18 @@ def test_the_memory_meter_sees_the_similarity_tensor_and_the_limit():
         peak(BASELINE, tensor // 2)
 
 
+def test_the_memory_meter_uses_as_many_threads_as_the_run():
+    def peak(threads):
+        torch.set_num_threads(threads)
+        return memory.peak("max_logits_forward", "wide", "cpu", torch.float32, "cpu", memory.GIB)
+
+    before = torch.get_num_threads()
+    try:
+        assert peak(1) + 1e6 < peak(3)  # each has scratch of its own
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_limit_counts_the_work():
     op, case = OPS["max_logits_forward"], CASES["published"]
     peaks = {"gemm_float32": 0.9e12, "fma": 1e12, "gemm_bfloat16": 4e12, "copy": 1e15}

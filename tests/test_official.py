@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from pathlib import Path
 
@@ -127,6 +128,11 @@ def test_any_other_use_answers_right(both):
         torch.testing.assert_close(lazy[index], whole[index], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lazy.flatten(-2, -1).max(dim=-1)[0], whole.flatten(-2, -1).max(dim=-1)[0])
     torch.testing.assert_close(F.relu(lazy), F.relu(whole), rtol=1e-5, atol=1e-5)
+    for operation in (lambda x: 2 * x, lambda x: 1 - x / 2, lambda x: -x, lambda x: x**2, lambda x: abs(x) @ x.mT):
+        torch.testing.assert_close(operation(lazy), operation(whole), rtol=1e-4, atol=1e-4)
+    for compare in (operator.gt, operator.le, operator.eq, operator.ne):
+        assert torch.equal(compare(lazy, 0), compare(lazy.tensor(), 0))
+    assert hash(lazy) == hash(lazy)
 
 
 def test_a_default_device_elsewhere_changes_nothing(both):

@@ -155,6 +155,16 @@ def test_autocast_multiplies_in_its_dtype_and_returns_float32():
     torch.testing.assert_close(dimg, by_reference[0], rtol=2e-2, atol=2e-2 * float(dimg.abs().max()))
 
 
+def test_autocast_rounds_the_sounds_of_the_terms_alone_too():
+    img, aud = features()
+    with torch.autocast(device(), dtype=torch.bfloat16):
+        out, logits = fk.fnac_loss(img, aud, 0.1), fk.max_logits(img, aud, 0.1)
+        terms = fk.adjacency_contrastive(logits, aud, aud, aud, 0.1)
+    torch.testing.assert_close(terms.fns_audio, out.fns_audio)
+    assert terms.fns_audio != fk.adjacency_contrastive(logits, aud, aud, aud, 0.1).fns_audio
+    assert torch.autograd.grad(terms.fns_audio, aud)[0].dtype == torch.float32
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_nothing_is_kept_without_gradients(mode):
     img, aud = features()

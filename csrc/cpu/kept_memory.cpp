@@ -116,7 +116,7 @@ Pool& pool() {
 
 }  // namespace
 
-KeptMemory::KeptMemory(size_t bytes, Use use) : size_(bytes) {
+KeptMemory::KeptMemory(size_t bytes, Use use) {
     Block block = pool().take(bytes, use == Use::kScratch ? kMost : whole_pages(bytes + bytes / 4));
     if (block.data == nullptr) {
         if (bytes >= kLarge) pool().clear();

@@ -32,15 +32,13 @@ class KeptMemory {
     KeptMemory& operator=(const KeptMemory&) = delete;
 
     void* data() const { return data_; }
-    size_t size() const { return size_; }
 
     // Gives back to the system all that no one uses.
     static void release();
 
   private:
     void* data_;
-    size_t size_;      // what was asked for
-    size_t capacity_;  // what there is
+    size_t capacity_;
 };
 
 }  // namespace fnac

@@ -122,7 +122,7 @@ struct Portable {
     }
     static F exp2_scale(F x, F n) {
         return map([&](int i) {
-            const int32_t exponent = n.v[i] == n.v[i] ? static_cast<int32_t>(n.v[i]) : 0;
+            const int32_t exponent = n.v[i] > -127 ? static_cast<int32_t>(n.v[i]) : -127;
             return x.v[i] * std::bit_cast<float>((exponent + 127) << 23);
         });
     }

@@ -14,16 +14,10 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
-import signal
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import starmap
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,9 +28,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from fnac.audio import RATES, MediaError, check_rate, check_size, resampler
-from fnac.data.generate import available_cores, sigterm_ends_all
 from fnac.data.ids import VIDEO_SUFFIXES, comparable
 from fnac.data.layout import read_ids, some
+from fnac.data.processes import available_cores, in_processes
 from fnac.files import once_whole, write_wav
 from fnac.results import write_text
 from fnac.threads import one_thread
@@ -169,26 +163,8 @@ def _run(
 ) -> list[str | None]:
     """For each job None, or why its video cannot be read."""
     workers = min(available_cores() if workers is None else workers, len(jobs) // CLIPS_PER_PROCESS)
-    with ExitStack() as stack:
-        stack.enter_context(sigterm_ends_all())
-        reasons: Iterator[str | None] = starmap(extract_one, jobs)
-        if workers > 1:
-            # Not forked: the caller may have threads (torch's, for one) that a fork would break.
-            context = multiprocessing.get_context("spawn")
-            pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupt)
-            stack.callback(pool.shutdown, cancel_futures=True)
-            reasons = pool.map(extract_one, *zip(*jobs, strict=True), chunksize=4)
-        try:
-            return list(tqdm(reasons, total=len(jobs), desc="extracting", unit="clip", disable=not (progress and jobs)))
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                "a process that reads videos was ended, as a rule for want of memory; go on with fewer workers"
-            ) from error
-
-
-def _ignore_interrupt() -> None:
-    """Ctrl-C goes to all processes; the one that started the others ends them, once their videos are done."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with in_processes(extract_one, jobs, workers, chunksize=4) as reasons:
+        return list(tqdm(reasons, total=len(jobs), desc="extracting", unit="clip", disable=not (progress and jobs)))
 
 
 def _extract_one(root: Path, settings: Settings, name: str, video: Path) -> str | None:

@@ -16,18 +16,10 @@ on how many others there are, or on the number of processes. Pixels and samples 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import sys
-import threading
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +27,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from fnac.data.processes import available_cores, in_processes
 from fnac.data.scene import CLASSES, Box, draw_boxes, draw_frame
 from fnac.data.timbre import SAMPLE_RATE, draw_sound
 from fnac.files import write_wav
@@ -148,24 +141,6 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and {"format", "classes"} <= found.keys() else None
 
 
-def available_cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def sigterm_ends_all() -> Iterator[None]:
-    """SIGTERM is an error: half files are removed and processes ended. By default it ends this process alone."""
-    if threading.current_thread() is not threading.main_thread():  # no other may set handlers
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _write(root: Path, recipe: Recipe, workers: int, progress: bool) -> None:
     clips = [(split, index) for split in SPLITS for index in range(getattr(recipe, split))]
     splits = [split for split in SPLITS if getattr(recipe, split)]
@@ -175,16 +150,9 @@ def _write(root: Path, recipe: Recipe, workers: int, progress: bool) -> None:
         if split != "single":
             (root / split / "audio").mkdir()
     annotations: dict[str, list[dict[str, Any]]] = {split: [] for split in splits}
-    write_clip = partial(_write_clip, root, recipe)
-    with ExitStack() as stack:
-        stack.enter_context(sigterm_ends_all())
-        entries: Any = starmap(write_clip, clips)
-        # Starting a process costs about as much as a hundred clips.
-        if workers > 1 and len(clips) >= 256:
-            # Not forked: the caller may have threads (torch's, for one) that a fork would break.
-            context = multiprocessing.get_context("spawn")
-            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=context))
-            entries = pool.map(write_clip, *zip(*clips, strict=True), chunksize=32)
+    # Starting a process costs about as much as a hundred clips.
+    several = workers if len(clips) >= 256 else 0
+    with in_processes(partial(_write_clip, root, recipe), clips, several, chunksize=32) as entries:
         bar = tqdm(entries, total=len(clips), desc="making data", unit="clip", disable=not progress)
         for (split, _), entry in zip(clips, bar, strict=True):
             annotations[split].append(entry)

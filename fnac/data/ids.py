@@ -14,7 +14,9 @@ SOUND_SUFFIXES = frozenset({".aif", ".aiff", ".flac", ".mp3", ".ogg", ".opus", "
 VIDEO_SUFFIXES = frozenset({".avi", ".mkv", ".mov", ".mp4", ".webm"})
 MEDIA_SUFFIXES = FRAME_SUFFIXES | SOUND_SUFFIXES | VIDEO_SUFFIXES | {".m4a"}
 
-HEADINGS = frozenset({"clip", "file", "filename", "id", "name", "video", "video_id", "youtube_id", "ytid"})
+HEADINGS = frozenset(
+    {"clip", "file", "filename", "frame", "id", "image", "name", "video", "video_id", "youtube_id", "ytid"}
+)
 VIDEO = re.compile(r"(?!\d+$)[\w-]{11}", re.ASCII)  # YouTube's; Flickr's may be as long but are numbers
 CLIP = re.compile(r"([\w-]{11})_(\d{1,6})", re.ASCII)  # VGG-Sound's: the video and the second
 SECOND = re.compile(r"\d{1,6}(\.0*)?", re.ASCII)
@@ -40,6 +42,12 @@ def read_rows(path: Path) -> list[list[str]]:
         raise ValueError(f"{path} must be text in UTF-8: {error}") from error
     except csv.Error as error:
         raise ValueError(f"{path} cannot be read as csv (a quotation mark that is not closed?): {error}") from error
+
+
+def listed(path: Path) -> list[list[str]]:
+    """The rows of a csv that lists clips: without headings, empty lines and comments."""
+    rows = [row for row in read_rows(path) if row and row[0].strip() and not row[0].startswith("#")]
+    return rows[1:] if rows and row_id(rows[0]).lower() in HEADINGS else rows
 
 
 def row_id(row: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fnac.data.annotations import read_annotations
 from fnac.data.clip import Clip, ClipList, some
-from fnac.data.ids import FRAME_SUFFIXES, HEADINGS, SOUND_SUFFIXES, read_rows, row_id
+from fnac.data.ids import FRAME_SUFFIXES, SOUND_SUFFIXES, listed, row_id
 from fnac.data.negatives import make_negatives
 
 
@@ -46,17 +46,11 @@ def read_ids(path: str | Path) -> list[str]:
         FileNotFoundError, ValueError: there is no such file, it is not UTF-8, or it lists nothing.
     """
     path = Path(path)
-    ids = list(read_annotations(path)) if path.suffix.lower() == ".json" else _listed(path)
+    names = read_annotations(path) if path.suffix.lower() == ".json" else map(row_id, listed(path))
+    ids = list(dict.fromkeys(names))
     if not ids:
         raise ValueError(f"{path} lists no clips")
     return ids
-
-
-def _listed(path: Path) -> list[str]:
-    rows = [row for row in read_rows(path) if row and row[0].strip() and not row[0].startswith("#")]
-    if rows and row_id(rows[0]).lower() in HEADINGS:
-        del rows[0]
-    return list(dict.fromkeys(map(row_id, rows)))
 
 
 def list_clips(folder: ClipFolder) -> ClipList:

@@ -208,15 +208,18 @@ def test_a_box_that_cannot_be_is_told_with_its_file_and_entry(run, tmp_path, gen
         run("test", *test)
 
 
-def test_interrupted_by_the_keyboard_it_says_so_and_no_more(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("command", "next_time"), [("demo", "goes on"), ("extract", "goes on"), ("make-data", "begins anew")]
+)
+def test_interrupted_by_the_keyboard_it_says_so_and_no_more(monkeypatch, capsys, command, next_time):
     def interrupted():
         raise KeyboardInterrupt  # not by a signal, which a process in the background may ignore
 
-    monkeypatch.setitem(COMMANDS, "demo", interrupted)
+    monkeypatch.setitem(COMMANDS, command, interrupted)
     with pytest.raises(SystemExit) as exit_:
-        main(["demo"])
+        main([command])
     assert exit_.value.code == 130
-    assert capsys.readouterr().err == "fnac: stopped by SIGINT; the same command goes on\n"
+    assert capsys.readouterr().err == f"fnac: stopped by SIGINT; the same command {next_time}\n"
 
 
 def test_a_scheduler_needs_an_optimizer(run):

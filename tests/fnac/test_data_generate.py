@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import soundfile
 from PIL import Image
 
 from fnac.data.generate import make_data
+from fnac.data.processes import in_processes
 from fnac.data.scene import CLASSES, MAX_AREA, MAX_OVERLAP, MIN_AREA, OUTLINES, TEXTURES, draw_boxes, draw_frame
 from fnac.data.timbre import SAMPLE_RATE, TIMBRES, draw_sound
 
@@ -176,3 +178,15 @@ def test_sounds_vary_within_a_class_and_stay_in_range(name):
     assert max(peaks) < 32_767  # no clipping
     assert max(peaks) > 1.5 * min(peaks)  # level varies
     assert len({sound.tobytes() for sound in sounds}) == 8
+
+
+def end_this_process(_):
+    os._exit(9)
+
+
+def test_a_process_that_is_ended_is_told():
+    with (
+        pytest.raises(RuntimeError, match=r"a process was ended, .* try fewer workers"),
+        in_processes(end_this_process, [(1,)] * 3, workers=2, chunksize=1) as results,
+    ):
+        list(results)

@@ -51,6 +51,8 @@ def test_listed_pairs_are_found_and_others_named(tmp_path):
         ("a+b", FRAMES["a"], SOUNDS["b"]), ("c+d", FRAMES["c"], SOUNDS["d"]),
     ]  # fmt: skip
     assert lacking == ["a+lost"]
+    listed.write_text("frame,sound\n# of the second test set\n\na,b\n")
+    assert [negative.name for negative in make_negatives(str(listed), positives(["dog"]), FRAMES, SOUNDS)[0]] == ["a+b"]
     listed.write_text("a\n")
     with pytest.raises(ValueError, match=r"silent\.csv lists none; it should have rows of a frame's id and a sound's"):
         make_negatives(str(listed), positives(["dog"]), FRAMES, SOUNDS)

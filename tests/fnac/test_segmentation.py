@@ -14,7 +14,7 @@ from fnac.audio import LogSpectrogram, MediaError, load_audio
 from fnac.cli import main
 from fnac.data.avsbench import AVSBench, list_frames
 from fnac.data.dataset import ClipDataset, load_mask
-from fnac.segmentation import SegmentationScores, f_curves, mask_iou, scaled
+from fnac.segmentation import SegmentationScores, f_curves, mask_iou, oracle, scaled
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"
@@ -64,6 +64,18 @@ def test_a_constant_map_marks_every_pixel():
     mask = torch.zeros(1, 4, 4)
     mask[0, 0] = 1
     assert mask_iou(scaled(torch.full((1, 4, 4), 0.3)), mask).tolist() == [0.25]
+
+
+def test_nothing_beats_the_oracle():
+    masks = samples()[1]
+    masks[2] = 1
+    before = masks.clone()
+    metric = SegmentationScores()
+    metric.update(oracle(masks), masks, torch.arange(6))
+    summary, clips = metric.compute()
+    assert clips["iou"].tolist() == [1, 1 - 1 / 144, 1, 1, 1, 1]  # nothing is in the second
+    assert float(summary["f_score"]) == pytest.approx(1)
+    assert torch.equal(masks, before)
 
 
 def test_a_map_that_is_not_finite_has_no_score():
@@ -217,6 +229,7 @@ def test_training_and_testing_by_the_command(single, tmp_path, monkeypatch, caps
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["clips"] == 15
     assert scores["scores"]["oracle"]["f_score"] == 1
+    assert scores["scores"]["oracle"]["miou"] == pytest.approx(1, abs=1 / 224**2)
     # The whole frame: nothing right in the three empty first frames, the mask's area in the others.
     areas = [100 * 40 * k / 224**2 for k in range(5)]
     assert scores["scores"]["whole frame"]["miou"] == pytest.approx(np.mean(areas))

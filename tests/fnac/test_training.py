@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCh
 
 from fnac.callbacks import BestAndLast, History
 from fnac.metrics import LocalizationScores
-from fnac.training import MODEL
+from fnac.training import MODEL, Localization
 from fnac_kernels import reference
 
 pytestmark = pytest.mark.filterwarnings(
@@ -323,6 +323,24 @@ def test_scores_do_not_depend_on_the_batch_size(tmp_path, make_model, make_clips
         assert torch.allclose(model.clip_scores[MODEL][name], values, atol=1e-4), name
     assert model.results["oracle"]["pointing"] == 1
     assert model.results["whole frame"]["ap50"] == 0
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "64-true", "bf16-mixed"])
+def test_an_object_encoder_of_its_own_has_the_precision_of_the_trainer(tmp_path, make_model, make_clips, precision):
+    torch.save(make_model().model.imgnet.state_dict(), tmp_path / "encoder.pt")
+    model = make_model(object_weights=str(tmp_path / "encoder.pt"))
+    trainer(tmp_path, precision=precision).test(model, make_clips(), verbose=False)
+    assert 0 <= model.results["object only"]["ciou"] <= 1
+
+
+def test_a_checkpoint_is_loaded_without_a_trainer(tmp_path, make_model, make_clips):
+    model, fitting = make_model(), trainer(tmp_path, max_epochs=1, limit_val_batches=0)
+    fitting.fit(model, make_clips())
+    fitting.save_checkpoint(tmp_path / "last.ckpt")
+    loaded = Localization.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    assert torch.equal(flat(loaded), flat(model))
+    image, audio = torch.zeros(2, 3, 48, 48), torch.zeros(2, 1, 257, 20)
+    assert torch.equal(loaded.eval().maps(image, audio), model.eval().maps(image, audio))
 
 
 def test_object_guided_map_mixes_both(tmp_path, make_model, make_clips):
