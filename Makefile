@@ -23,7 +23,7 @@ $(VENV)/.created:
 
 # Installs the pinned set and compiles the native module; runs again when the sources or the pins change.
 $(VENV)/.installed: $(VENV)/.created $(NATIVE)
-	$(BIN)/python -m pip install --quiet -c constraints.txt "setuptools>=65" wheel pybind11 cmake ninja
+	$(BIN)/python -m pip install --quiet -c constraints.txt "setuptools>=77,<82" wheel pybind11 cmake ninja
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[train,test]"
 	touch $@
 

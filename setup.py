@@ -11,7 +11,6 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -62,6 +61,10 @@ class CMakeBuild(build_ext):
     """One CMake project makes the extension; a failure names the step."""
 
     def build_extension(self, ext: Extension) -> None:
+        try:
+            import pybind11
+        except ModuleNotFoundError as error:
+            raise SystemExit("fnac_kernels: building needs pybind11 (pip install pybind11)") from error
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = build_folder(ROOT, os.environ)
         build.mkdir(parents=True, exist_ok=True)

@@ -173,6 +173,11 @@ PYBIND11_MODULE(_C, m) {
     m.def("adjacency_backward", &adjacency_backward, unlocked);
     m.def("loss", &loss, unlocked);
     m.def("loss_backward", &loss_backward);
+#ifdef FNAC_CPU_LEFT_OUT
+    m.attr("cpu_left_out") = FNAC_CPU_LEFT_OUT;
+#else
+    m.attr("cpu_left_out") = py::none();
+#endif
 #ifdef FNAC_CUDA_LEFT_OUT
     m.attr("cuda_left_out") = FNAC_CUDA_LEFT_OUT;
 #else

@@ -13,7 +13,10 @@ def main() -> None:
     try:
         from fnac.cli import main as run
     except ModuleNotFoundError as error:
-        sys.exit(f"fnac: {error}; the training stack's libraries come with `pip install -e '.[train]'`")
+        sys.exit(
+            f"fnac: {error}; the training stack's libraries come with "
+            "`pip install 'fnac-kernels[train]'`, in the repository `pip install -e '.[train]'`"
+        )
     run()
 
 

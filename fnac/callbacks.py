@@ -68,6 +68,8 @@ class BestAndLast(ModelCheckpoint):
             raise ValueError(f"score is {self.score!r}; validation clips of this kind have {', '.join(scores)}")
         if validation is not None:
             self.monitor = f"val/{self.score or scores[0]}"
+        elif self.fitting and self.score is not None:
+            raise ValueError(f"score is {self.score!r}, by which no epoch can be chosen without validation clips")
         elif self.fitting:
             self.monitor, self.save_top_k = None, 0
 

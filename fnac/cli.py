@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import traceback
@@ -14,7 +15,7 @@ import jsonargparse
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from fnac.audio import MediaError
 from fnac.callbacks import BestAndLast
@@ -58,6 +59,8 @@ class LocalizationCLI(LightningCLI):
         """Take from a checkpoint how it was trained, where the user does not say otherwise."""
         super().parse_arguments(parser, args)
         command = self.config["subcommand"]
+        if (seed := self.config[command]["seed_everything"]) < 0:
+            raise ValueError(f"--seed_everything must be at least 0, got {seed}")
         if self.config[command].get("lr_scheduler") and not self.config[command].get("optimizer"):
             raise ValueError("--lr_scheduler is given without --optimizer; both are needed, --optimizer Adam for one")
         results = Path(self.config[command]["results"])
@@ -93,7 +96,7 @@ class LocalizationCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """With the callback that keeps checkpoints, unless none are wanted."""
         config = self.config[self.config["subcommand"]]
-        if config["trainer"]["enable_checkpointing"] is not False:
+        if config["trainer"]["enable_checkpointing"] is not False and not config["trainer"]["barebones"]:
             self.trainer_defaults["callbacks"] = BestAndLast(config["best_by"])
         return super().instantiate_trainer(**kwargs)
 
@@ -119,6 +122,8 @@ class LocalizationCLI(LightningCLI):
     def after_test(self) -> None:
         """Print the scores beside the baselines and write them to a file."""
         config, table = self.config["test"], self.model.results
+        if not self.model.clip_scores:
+            raise ValueError("--trainer.limit_test_batches left no clip to evaluate")
         weights = config["ckpt_path"] or config["model"]["init_from"] or "untrained"
         upsampling, scored = config["model"]["upsampling"], self.model.clip_scores[MODEL]
         positive = scored.get("positive", scored["index"] >= 0)
@@ -162,6 +167,8 @@ LIGHTNINGS = ("fit", "validate", "test", "predict")
 def main(args: list[str] | None = None) -> None:
     """Run the command line; ``args`` are the process's by default."""
     given = sys.argv[1:] if args is None else args
+    # The shell does so where a word begins with it, and not behind `--results=`.
+    args = given = [re.sub(r"^(--[\w.]+=)?~(?=/|$)", rf"\1{Path.home()}", word) for word in given]
     if not given:
         args = given = ["--help"]
     command = given[0]
@@ -213,7 +220,7 @@ def run_lightning(args: list[str] | None) -> None:
 
 def _explains_itself(error: Exception) -> bool:
     """Files that are not there, and what this project's code raises on purpose, need no traceback."""
-    if isinstance(error, (OSError, MediaError)):
+    if isinstance(error, (OSError, MediaError, MisconfigurationException)):
         return True
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     raised_by = frame.f_globals["__name__"].partition(".")[0]

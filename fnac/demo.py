@@ -17,6 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from fnac.callbacks import BestAndLast, History
+from fnac.checkpoints import read_checkpoint
 from fnac.data.datamodule import ClipData, single_for_training
 from fnac.data.generate import make_data
 from fnac.files import once_whole
@@ -118,10 +119,17 @@ def _claim(folder: Path, settings: DemoSettings) -> None:
     """Refuse a folder that holds another demo."""
     record = folder / "settings.json"
     if record.is_file():
-        if json.loads(record.read_text()) != asdict(settings):
+        if _read(record) != asdict(settings):
             raise FileExistsError(f"out: {folder} holds a demo with other settings; choose another folder or delete it")
     else:
         write_text(record, json.dumps(asdict(settings), indent=2))
+
+
+def _read(record: Path) -> Any:
+    try:
+        return json.loads(record.read_text())
+    except ValueError:
+        return None
 
 
 @contextmanager
@@ -219,6 +227,8 @@ class _Demo:
         found = [path for path in (last, self._checkpoints(WARM_UP) / last.name) if path.is_file()]
         # cIoU's mean, not AP50: that saturates on this data and no longer tells epochs apart.
         checkpoints = BestAndLast("ciou", dirpath=str(last.parent))
+        if found:
+            read_checkpoint(found[0])  # which names the file where it is damaged
         trainer = self._trainer(history, checkpoints, max_epochs=epochs)
         with self._stage(f"training, {name}"):
             trainer.fit(self._model(name), data, ckpt_path=str(found[0]) if found else None, weights_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -83,8 +84,14 @@ class Localization(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if warmup_epochs < 0:
-            raise ValueError(f"warmup_epochs must be at least 0, got {warmup_epochs}")
+        for name, value, least in (
+            ("dim", dim, 1), ("warmup_epochs", warmup_epochs, 0), ("lr", lr, 0), ("weight_decay", weight_decay, 0),
+        ):  # fmt: skip
+            if not value >= least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        for name, value in (("image_dropout", image_dropout), ("audio_dropout", audio_dropout)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {value}")
         if negatives not in ("process", "all"):
             raise ValueError(f'negatives must be "process" or "all", got {negatives!r}')
         if object_alpha is not None and not 0 <= object_alpha <= 1:
@@ -203,11 +210,39 @@ class Localization(LightningModule):
             found[OBJECT_GUIDED] = alpha * metrics.minmax(maps) + (1 - alpha) * metrics.minmax(objects)
         return found
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to resume with another optimizer: torch takes the saved settings, whether they fit it or not."""
+        if self._trainer is None or self.trainer.state.fn != "fit" or not checkpoint.get("optimizer_states"):
+            return
+        here = _settings(_optimizer(self.configure_optimizers()).state_dict())
+        there = _settings(checkpoint["optimizer_states"][0])
+        differ = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+        if differ:
+            told = ", ".join(f"{name} {here.get(name)} (was {there.get(name)})" for name in differ)
+            raise ValueError(
+                f"--optimizer or --lr_scheduler is not the checkpoint's, by {told}: give the same ones, or take the "
+                "checkpoint's weights alone, with --model.init_from instead of --ckpt_path"
+            )
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam, in one pass over the parameters."""
         return torch.optim.Adam(
             self.model.parameters(), self.hparams["lr"], weight_decay=self.hparams["weight_decay"], fused=True
         )
+
+
+def _optimizer(configured: Any) -> torch.optim.Optimizer:
+    """The one of what ``configure_optimizers`` returns: itself, with schedulers in lists, or in a dict."""
+    if isinstance(configured, Mapping):
+        return configured["optimizer"]
+    return configured[0][0] if isinstance(configured, (list, tuple)) else configured
+
+
+def _settings(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Of an optimizer's state, what was chosen: a schedule changes the rate, and keeps the one that it began with."""
+    group = state["param_groups"][0]
+    chosen = {name: tuple(v) if isinstance(v, list) else v for name, v in group.items() if name != "params"}
+    return chosen | {"lr": chosen.get("initial_lr", chosen["lr"])}
 
 
 def accelerator() -> Literal["cuda", "cpu"]:

@@ -86,15 +86,16 @@ def cuda_problem() -> str | None:
 
 
 def cpu_features() -> dict[str, Any]:
-    """The instruction set in use, or why the one that is ordered cannot be; and those that this machine could run."""
+    """The instruction set in use, or why the one that is ordered cannot be; those that this machine could run; and
+    which the build lacks."""
     loaded, _ = _load()
     if loaded is None:
-        return {"instruction_set": None, "available": []}
+        return {"instruction_set": None, "available": [], "left_out": None}
     try:
         used = loaded.isa()
     except RuntimeError as error:
         used = str(error)
-    return {"instruction_set": used, "available": loaded.isas()}
+    return {"instruction_set": used, "available": loaded.isas(), "left_out": loaded.cpu_left_out}
 
 
 def empty_cache() -> None:

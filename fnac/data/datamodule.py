@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from fnac.data.layout import ClipFolder
 from fnac.data.leakage import OnLeakage, refuse_leakage
 
 READING = ("image_size", "sample_rate", "clip_seconds")  # what makes the network's input of a file
+PROCESSES = "processes"
 SAMPLING = ("batch_size", "seed", "flip", "masks", "mask_width")  # what else the course of training depends on
 
 
@@ -83,9 +85,11 @@ class ClipData(LightningDataModule):
                 f"clip_seconds must give at least {SEGMENT} samples, got {clip_seconds} s at {sample_rate} Hz"
             )
         self.folders: dict[str, ClipFolder | AVSBench | None] = {"train": train, "val": val, "test": test}
-        if root is not None:
-            split_of = AVSBench if is_avsbench(root) else generated_split
-            self.folders = {split: folder or split_of(str(root), split) for split, folder in self.folders.items()}
+        for split, folder in self.folders.items():
+            if root is not None and folder is None:
+                self.folders[split] = (AVSBench if is_avsbench(root) else generated_split)(str(root), split)
+            elif isinstance(folder, ClipFolder) and not folder.root:
+                self.folders[split] = _completed(folder, root, split)
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.augmentation = Augmentation(flip, masks, mask_width)
         self.on_bad_clip, self.on_leakage = on_bad_clip, on_leakage
@@ -125,6 +129,8 @@ class ClipData(LightningDataModule):
             folder = self.folders[split]
             if folder is None:
                 raise ValueError(f"{split}: there are no {split} clips; give their folder, or a root that holds some")
+            if isinstance(folder, ClipFolder) and folder.audio is None:
+                raise ValueError(f"{split}.audio is null; the model needs the folder of the clips' sounds")
             training: dict[str, Any] = {}
             if split == "train":
                 training = {"augmentation": self.augmentation, "seed": self.seed, "on_bad_clip": self.on_bad_clip}
@@ -152,12 +158,19 @@ class ClipData(LightningDataModule):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """What checkpoints keep: how clips were prepared and drawn."""
-        return dict(self.settings)
+        """What checkpoints keep: how clips were prepared and drawn, and for how many processes."""
+        return self.settings | {PROCESSES: self._world()["num_replicas"]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse clips prepared otherwise than those a checkpoint was trained on, and to resume with another order."""
         fitting = self.trainer is not None and self.trainer.state.fn == "fit"
+        processes = self._world()["num_replicas"]
+        if fitting and (trained := state_dict.get(PROCESSES, processes)) != processes:
+            raise ValueError(
+                f"--trainer.devices x --trainer.num_nodes is {processes}, but the checkpoint was trained in {trained} "
+                "process(es), which share out each epoch's clips: use as many, or take the checkpoint's weights alone, "
+                "with --model.init_from instead of --ckpt_path"
+            )
         for name in READING + SAMPLING if fitting else READING:
             here, there = self.settings[name], state_dict[name]
             if here != there:
@@ -233,6 +246,15 @@ def generated_split(root: str | Path, split: str) -> ClipFolder | None:
         return None
     audio = None if split == "single" else "audio"
     return ClipFolder(str(folder), audio=audio, annotations=str(folder / "annotations.json"))
+
+
+def _completed(folder: ClipFolder, root: str | None, split: str) -> ClipFolder:
+    """A generated split with those fields of a folder that were given, which has no root of its own."""
+    made = None if root is None or is_avsbench(root) else generated_split(root, split)
+    if made is None:
+        raise ValueError(f"{split}.root is missing: other fields of {split} need it, or a root of generated data")
+    given = {field.name: getattr(folder, field.name) for field in fields(folder)}
+    return replace(made, **{name: value for name, value in given.items() if value != getattr(ClipFolder, name)})
 
 
 def single_for_training(frames: int) -> int:

@@ -79,7 +79,9 @@ def make_data(
     Args:
         root: folder to make; it appears under its name only once it is whole.
         seed: of everything drawn.
-        train, val, test: clips per split.
+        train: training clips.
+        val: validation clips.
+        test: test clips.
         single: single-object frames (without sound).
         image_size: side of the square frames in pixels.
         seconds: length of each sound.

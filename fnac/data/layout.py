@@ -17,7 +17,7 @@ class ClipFolder:
     """A set of clips: for each id a frame ``<id>.jpg`` (or .png, ...) and a sound ``<id>.wav`` (or .flac, ...).
 
     Args:
-        root: folder of the set.
+        root: folder of the set; of a generated set's split it is known.
         frames: folder of the frames, relative to ``root`` (``.`` for the root itself) or absolute.
         audio: folder of the sounds, likewise; None for a set without sounds.
         ids: file that lists the clips to use: one id a line, or a csv with the id first. By default the annotated
@@ -28,7 +28,7 @@ class ClipFolder:
             of frame and sound ids, as SLAVC's ``vggss_test_plus_silent.csv``. See :mod:`fnac.data.negatives`.
     """
 
-    root: str
+    root: str = ""
     frames: str = "frames"
     audio: str | None = "audio"
     ids: str | None = None
@@ -68,6 +68,8 @@ def list_clips(folder: ClipFolder) -> ClipList:
     listed = None if folder.ids is None else read_ids(folder.ids)
     annotations = None if folder.annotations is None else read_annotations(folder.annotations, listed)
     names = listed or (sorted(present) if annotations is None else list(annotations))
+    if not names and folder.annotations is not None:
+        raise ValueError(f"{folder.annotations} annotates no clips")
     if annotations is not None and (bare := [name for name in names if name not in annotations]):
         raise ValueError(f"{folder.ids} lists clips that {folder.annotations} does not annotate: {some(bare)}")
     clips = [
@@ -83,6 +85,8 @@ def list_clips(folder: ClipFolder) -> ClipList:
     if not clips:
         places = [str(root / place) for place in (folder.frames, folder.audio) if place is not None]
         found = f"none of the {len(names)} listed ({some(names)}) has its files" if names else "no files"
+        if frames and sounds and not names:
+            found = f"no name is both a frame's ({some(list(frames))}) and a sound's ({some(list(sounds))})"
         raise ValueError(f"no clips found: {found} in {' and '.join(places)}")
 
     def lacks(name: str) -> str:

@@ -187,6 +187,9 @@ def test_a_file_that_is_no_checkpoint_is_named(run, tmp_path, content):
         (["fit"], "train: there are no train clips"),
         (["fit", "--data.root=nowhere"], "root: nowhere holds no generated data set"),
         (["fit", "--model.tau=0"], "tau is 0.0; it should be positive"),
+        (["fit", "--seed_everything=-1"], "--seed_everything must be at least 0, got -1"),
+        (["fit", "--trainer.max_epochs=-5"], "`max_epochs` must be"),
+        (["fit", "--data.train.audio=null"], r"train\.root is missing"),
         (["test", "--results=scores.txt"], r"--results should be a \.json file, got 'scores\.txt'"),
         (["test", "--results=folder/scores.json"], r"folder/scores\.csv is a folder; it should be a file"),
         (["test", "--results=file/scores.json"], "File exists: 'file'"),
@@ -268,6 +271,52 @@ def test_weights_without_an_optimizer_are_no_run_to_go_on_with(run, tmp_path):
         SystemExit, match=r"^fnac: weights\.ckpt holds weights and no optimizer; give it as --model\.init"
     ):
         run("fit", "--ckpt_path=weights.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "told"),
+    [
+        ([], ["--optimizer=SGD", "--optimizer.lr=1e-4"], r"betas None \(was \(0\.9, 0\.999\)\).*momentum"),
+        (["--optimizer=SGD", "--optimizer.lr=0.5"], [], r"lr 0\.0001 \(was 0\.5\)"),
+        ([], ["--optimizer=AdamW"], r"decoupled_weight_decay True \(was False\)"),
+        ([], ["--optimizer=Adam", "--lr_scheduler=CosineAnnealingLR", "--lr_scheduler.T_max=9"], "initial_lr"),
+    ],
+)
+def test_a_run_goes_on_with_its_own_optimizer(run, tmp_path, first, then, told):
+    run("fit", "--trainer.max_steps=1", *first)
+    (last,) = tmp_path.glob("runs/*/*/checkpoints/last.ckpt")
+    with pytest.raises(SystemExit, match=rf"^fnac: --optimizer or --lr_scheduler is not the checkpoint's, by .*{told}"):
+        run("fit", f"--ckpt_path={last}", "--trainer.max_steps=2", *then)
+
+
+def test_a_run_goes_on_with_its_schedule(run, tmp_path):
+    scheduled = ["--optimizer=SGD", "--optimizer.lr=0.01", "--lr_scheduler=StepLR", "--lr_scheduler.step_size=1"]
+    run("fit", "--trainer.max_epochs=1", *scheduled)
+    (last,) = tmp_path.glob("runs/*/*/checkpoints/last.ckpt")
+    run("fit", f"--ckpt_path={last}", "--trainer.max_epochs=2", *scheduled)
+
+
+def test_a_damaged_checkpoint_is_not_scored(run, tmp_path):
+    run("fit", "--trainer.max_steps=1")
+    (last,) = tmp_path.glob("runs/*/*/checkpoints/last.ckpt")
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 128
+    (tmp_path / "flipped.ckpt").write_bytes(content)
+    with pytest.raises(SystemExit, match=r"^fnac: flipped\.ckpt cannot be read as a checkpoint: .* is damaged"):
+        run("test", "--ckpt_path=flipped.ckpt")
+
+
+def test_a_generated_split_is_changed_by_single_fields(run, tmp_path):
+    run("test", "--data.test.negatives=silent", "--results=scores.json")
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert (scores["clips"], scores["negatives"]) == (7, 7)
+
+
+def test_home_is_the_users_behind_a_flag_too(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    run("test", "--results=~/scores.json")
+    assert (tmp_path / "home" / "scores.json").is_file()
+    assert not (tmp_path / "~").exists()
 
 
 def test_no_checkpoints_where_none_are_wanted(run, tmp_path):

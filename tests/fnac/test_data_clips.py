@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -209,6 +210,19 @@ def test_a_folder_without_generated_data_is_named(tmp_path):
         ClipData(str(tmp_path))
     with pytest.raises(ValueError, match="train: there are no train clips"):
         ClipData().setup("fit")
+
+
+def test_the_model_needs_sounds(root):
+    data = ClipData(train=ClipFolder(str(root / "train"), audio=None))
+    with pytest.raises(ValueError, match=r"train\.audio is null; the model needs"):
+        _ = data.train_set
+
+
+def test_fields_of_a_split_without_its_root_need_one(root):
+    with pytest.raises(ValueError, match=r"test\.root is missing"):
+        ClipData(test=ClipFolder(ids="some.txt"))
+    completed = ClipData(str(root), test=ClipFolder(negatives="silent")).folders["test"]
+    assert completed == replace(generated_split(root, "test"), negatives="silent")
 
 
 def test_evaluating_needs_annotations_and_predicting_does_not(root):

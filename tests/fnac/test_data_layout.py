@@ -192,6 +192,12 @@ def test_a_folder_without_clips_is_an_error_that_says_where_it_looked(tmp_path):
     touch(tmp_path / "audio")
     with pytest.raises(ValueError, match=r"no clips found: no files in .*frames and .*audio"):
         list_clips(ClipFolder(str(tmp_path)))
+    (tmp_path / "none.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"none\.json annotates no clips"):
+        list_clips(ClipFolder(str(tmp_path), annotations=str(tmp_path / "none.json")))
+    touch(tmp_path / "audio", "c.wav")
+    with pytest.raises(ValueError, match=r"no name is both a frame's \(a\) and a sound's \(c\) in .*frames and "):
+        list_clips(ClipFolder(str(tmp_path)))
     (tmp_path / "list.txt").write_text("b.jpg\n")
     with pytest.raises(ValueError, match=r"none of the 1 listed \(b\) has its files"):
         list_clips(ClipFolder(str(tmp_path), ids=str(tmp_path / "list.txt")))

@@ -98,6 +98,9 @@ def test_another_setting_needs_another_folder(run):
     folder, _ = run
     with pytest.raises(FileExistsError, match="other settings"):
         demo(str(folder), **{**TINY, "seed": 1})
+    (folder / "settings.json").write_text('{"seed": 0')
+    with pytest.raises(FileExistsError, match="other settings"):
+        demo(str(folder), **TINY)
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,15 @@ def test_a_resumed_epoch_goes_on_on_every_rank(trained, launch):
         assert torch.equal(torch.tensor(rank["weights"]), torch.tensor(whole["weights"]))
 
 
+def test_one_process_does_not_go_on_with_the_shares_of_two(trained, make_model, make_clips, tmp_path):
+    folder, _ = trained
+    alone = Trainer(accelerator="cpu", max_epochs=9, logger=False, default_root_dir=tmp_path, enable_progress_bar=False)
+    with pytest.raises(ValueError, match=r"trainer\.num_nodes is 1, but the checkpoint was trained in 2 process"):
+        alone.fit(
+            make_model(warmup_epochs=1), make_clips(batch_size=4), ckpt_path=folder / "step=4.ckpt", weights_only=True
+        )
+
+
 def test_sigterm_to_one_process_stops_all_after_the_same_step(trained, launch):
     _, ranks = trained
     folder, _ = launch("", "process", "stop")

@@ -298,6 +298,13 @@ def test_a_best_epoch_that_is_lost_is_named(tmp_path, make_model, make_clips):
     assert (tmp_path / "second" / "best.ckpt").is_file()
 
 
+def test_without_validation_there_is_no_best(tmp_path, make_model, make_clips):
+    data = make_clips()
+    data.folders["val"] = None
+    with pytest.raises(ValueError, match="score is 'ciou', by which no epoch can be chosen without validation clips"):
+        trainer(tmp_path, BestAndLast("ciou"), max_epochs=1).fit(make_model(), data)
+
+
 def test_without_validation_the_last_epoch_is_kept(tmp_path, make_model, make_clips):
     data = make_clips()
     data.folders["val"] = None
@@ -375,6 +382,10 @@ def test_both_memory_formats_give_the_same_model(make_model):
     ("options", "message"),
     [
         ({"warmup_epochs": -1}, "warmup_epochs must be at least 0, got -1"),
+        ({"dim": 0}, "dim must be at least 1, got 0"),
+        ({"lr": -1.0}, "lr must be at least 0, got -1.0"),
+        ({"weight_decay": float("nan")}, "weight_decay must be at least 0, got nan"),
+        ({"audio_dropout": 1.5}, "audio_dropout must be between 0 and 1, got 1.5"),
         ({"object_alpha": 1.5}, "object_alpha must be between 0 and 1, got 1.5"),
         ({"tau": 0.0}, "tau"),
         ({"weights": (1, 2)}, "weights"),
