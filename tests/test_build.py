@@ -153,11 +153,15 @@ def test_an_nvcc_that_does_not_compile_is_left_out_with_the_way_to_see_why(tmp_p
 
 @needs_cmake
 @with_cuda
-def test_native_architectures_need_a_device(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [("native", "but there is no CUDA device here"), ("OFF", "name numbers, such as 90, or set FNAC_CUDA=off")],
+)
+def test_architectures_are_numbers_or_those_of_a_device(tmp_path, monkeypatch, asked, why):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    done = configure(tmp_path, "-DCMAKE_CUDA_ARCHITECTURES=native")
+    done = configure(tmp_path, f"-DCMAKE_CUDA_ARCHITECTURES={asked}")
     assert done.returncode != 0
-    assert "CMAKE_CUDA_ARCHITECTURES is native, but there is no CUDA device here" in re.sub(r"\s+", " ", done.stderr)
+    assert re.search(f"CMAKE_CUDA_ARCHITECTURES is {asked}[,;] {why}", re.sub(r"\s+", " ", done.stderr))
 
 
 def tool(name: str, *arguments: str) -> str:
