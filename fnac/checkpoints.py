@@ -58,14 +58,23 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
 
 def _read(path: str | Path) -> Any:
     try:
-        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):  # torch itself does not look
-            raise ValueError(f"{damaged} in it is damaged")
-        with torch.serialization.safe_globals(_HARMLESS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        damaged = _damaged(path)
+        if damaged is None:
+            with torch.serialization.safe_globals(_HARMLESS):
+                return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
     except Exception as error:  # arbitrary bytes read as a pickle may raise anything
         raise ValueError(f"{path} cannot be read as a checkpoint: {error!r}") from error
+    raise ValueError(f"{path} is damaged: the check sum of {damaged} is wrong")
+
+
+def _damaged(path: str | Path) -> str | None:
+    """The first part of the file that is not what was written; torch does not look."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()
 
 
 def save_weights(states: Mapping[str, Tensor], path: str | Path) -> None:

@@ -30,7 +30,8 @@ class ClipData(LightningDataModule):
 
     Args:
         root: folder of a generated data set (``fnac make-data``), or of a subset of AVSBench
-            (:class:`~fnac.data.avsbench.AVSBench`), whose splits are used where the next three are not given.
+            (:class:`~fnac.data.avsbench.AVSBench`), whose splits are used where the next three are not given. Of a
+            generated one they may also give single fields, such as ``--data.test.negatives silent``.
         train: training clips, for instance ``--data.train.root FOLDER --data.train.ids LIST.txt``; see
             :class:`~fnac.data.layout.ClipFolder` for its fields. Boxes and classes, if any, are not trained on.
         val: annotated clips for validation; without them there is none.

@@ -44,7 +44,7 @@ def read_rows(path: Path) -> list[list[str]]:
         raise ValueError(f"{path} cannot be read as csv (a quotation mark that is not closed?): {error}") from error
 
 
-def listed(path: Path) -> list[list[str]]:
+def clip_rows(path: Path) -> list[list[str]]:
     """The rows of a csv that lists clips: without headings, empty lines and comments."""
     rows = [row for row in read_rows(path) if row and row[0].strip() and not row[0].startswith("#")]
     return rows[1:] if rows and row_id(rows[0]).lower() in HEADINGS else rows

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fnac.data.annotations import read_annotations
 from fnac.data.clip import Clip, ClipList, some
-from fnac.data.ids import FRAME_SUFFIXES, SOUND_SUFFIXES, listed, row_id
+from fnac.data.ids import FRAME_SUFFIXES, SOUND_SUFFIXES, clip_rows, row_id
 from fnac.data.negatives import make_negatives
 
 
@@ -46,7 +46,7 @@ def read_ids(path: str | Path) -> list[str]:
         FileNotFoundError, ValueError: there is no such file, it is not UTF-8, or it lists nothing.
     """
     path = Path(path)
-    names = read_annotations(path) if path.suffix.lower() == ".json" else map(row_id, listed(path))
+    names = read_annotations(path) if path.suffix.lower() == ".json" else map(row_id, clip_rows(path))
     ids = list(dict.fromkeys(names))
     if not ids:
         raise ValueError(f"{path} lists no clips")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fnac.data.annotations import Annotation
 from fnac.data.clip import SILENCE, Clip
-from fnac.data.ids import clip_id, listed
+from fnac.data.ids import clip_id, clip_rows
 
 KINDS = ("silent", "mismatched")
 
@@ -61,7 +61,7 @@ def _label(clip: Clip) -> str:
 
 
 def _listed(path: Path, frames: Mapping[str, Path], sounds: Mapping[str, Path]) -> tuple[list[Clip], list[str]]:
-    rows = [row for row in listed(path) if len(row) > 1 and (len(row) == 2 or row[2].strip() == "non-sounding")]
+    rows = [row for row in clip_rows(path) if len(row) > 1 and (len(row) == 2 or row[2].strip() == "non-sounding")]
     pairs = [(clip_id(row[0]), clip_id(row[1])) for row in rows]
     if not pairs:
         raise ValueError(f"negatives: {path} lists none; it should have rows of a frame's id and a sound's")

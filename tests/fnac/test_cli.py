@@ -302,7 +302,7 @@ def test_a_damaged_checkpoint_is_not_scored(run, tmp_path):
     content = bytearray(last.read_bytes())
     content[len(content) // 2] ^= 128
     (tmp_path / "flipped.ckpt").write_bytes(content)
-    with pytest.raises(SystemExit, match=r"^fnac: flipped\.ckpt cannot be read as a checkpoint: .* is damaged"):
+    with pytest.raises(SystemExit, match=r"^fnac: flipped\.ckpt is damaged: the check sum of .* is wrong"):
         run("test", "--ckpt_path=flipped.ckpt")
 
 
