@@ -166,9 +166,13 @@ LIGHTNINGS = ("fit", "validate", "test", "predict")
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; ``args`` are the process's by default."""
-    given = sys.argv[1:] if args is None else args
+    words = sys.argv[1:] if args is None else args
     # The shell does so where a word begins with it, and not behind `--results=`.
-    args = given = [re.sub(r"^(--[\w.]+=)?~(?=/|$)", rf"\1{Path.home()}", word) for word in given]
+    given = [re.sub(r"^(--[\w.]+=)?~(?=/|$)", rf"\1{Path.home()}", word) for word in words]
+    if args is None:
+        sys.argv[1:] = given  # where Lightning wants to find it
+    else:
+        args = given
     if not given:
         args = given = ["--help"]
     command = given[0]
