@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -108,16 +110,27 @@ def test_the_memory_meter_sees_the_similarity_tensor_and_the_limit():
         peak(BASELINE, tensor // 2)
 
 
-def test_the_memory_meter_uses_as_many_threads_as_the_run():
-    def peak(threads):
-        torch.set_num_threads(threads)
-        return memory.peak("max_logits_forward", "wide", "cpu", torch.float32, "cpu", memory.GIB)
+def test_the_memory_meter_has_the_threads_and_the_precision_of_the_run(monkeypatch):
+    class Process:  # in this one, which a fresh one's settings are given first
+        def __init__(self, target, args):
+            self.start = lambda: (torch.set_num_threads(1), target(*args))
+            self.join = lambda: None
 
-    before = torch.get_num_threads()
+    def note(*_):
+        return lambda: seen.append((torch.get_num_threads(), torch.get_float32_matmul_precision()))
+
+    context = types.SimpleNamespace(Process=Process, Pipe=multiprocessing.Pipe, set_forkserver_preload=list)
+    monkeypatch.setattr(memory.multiprocessing, "get_context", lambda _: context)
+    monkeypatch.setattr(memory, "step", note)
+    seen, before = [], (torch.get_num_threads(), torch.get_float32_matmul_precision())
     try:
-        assert peak(1) + 1e6 < peak(3)  # each has scratch of its own
+        torch.set_num_threads(3)
+        torch.set_float32_matmul_precision("high")
+        memory.peak("max_logits", TINY.name, "cpu", torch.float32, "cpu", memory.GIB)
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(before[0])
+        torch.set_float32_matmul_precision(before[1])
+    assert set(seen) == {(3, "high")}
 
 
 def test_the_limit_counts_the_work():
