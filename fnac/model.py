@@ -34,8 +34,8 @@ class AudioVisualModel(nn.Module):
 
     Shape:
         image ``(N, 3, S, S)``, ImageNet-normalised, and audio ``(M, 1, F, T)``, log spectrograms, to img
-        ``(N, dim, S/32, S/32)`` and aud ``(M, dim)``, both of unit norm over ``dim`` (under autocast
-        within the rounding of its dtype).
+        ``(N, dim, S/32, S/32)`` and aud ``(M, dim)``, both of unit norm over ``dim``, under autocast
+        within the rounding of its dtype.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +19,9 @@ from fnac.model import AudioVisualModel, image_encoder, load_strictly, object_ma
 from fnac_kernels import FNACLoss, paired_maps
 
 MODEL, OBJECT_GUIDED, OBJECT_ONLY, ORACLE = "model", "model + objects", "object only", "oracle"
-NEEDS_NO_MODEL = {"centre": metrics.centre_box, "whole frame": metrics.whole_frame, ORACLE: metrics.oracle}
+NEEDS_NO_MODEL: dict[str, Callable[[Tensor], Tensor]] = {
+    "centre": metrics.centre_box, "whole frame": metrics.whole_frame, ORACLE: metrics.oracle,
+}  # fmt: skip
 CHOSEN_AT_USE = (
     "image_weights", "init_from", "upsampling", "object_weights", "object_alpha", "channels_last", "backend",
 )  # fmt: skip
@@ -177,11 +179,12 @@ class Localization(LightningModule):
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Score the maps, and those of the baselines."""
-        truth = batch["mask"] if "mask" in batch else batch["gt"]
-        found = self._compared_maps(batch["image"], batch["audio"])
-        found |= {name: draw(truth) for name, draw in NEEDS_NO_MODEL.items()}
         if "mask" in batch:
-            found[ORACLE] = segmentation.oracle(truth)
+            truth, draws = batch["mask"], NEEDS_NO_MODEL | {ORACLE: segmentation.oracle}
+        else:
+            truth, draws = batch["gt"], NEEDS_NO_MODEL
+        found = self._compared_maps(batch["image"], batch["audio"])
+        found |= {name: draw(truth) for name, draw in draws.items()}
         for row, scores in self.test_scores.items():
             scores.update(found[row], batch)  # type: ignore[operator]
 

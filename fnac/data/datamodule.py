@@ -21,8 +21,8 @@ from fnac.data.layout import ClipFolder
 from fnac.data.leakage import OnLeakage, refuse_leakage
 
 READING = ("image_size", "sample_rate", "clip_seconds")  # what makes the network's input of a file
-PROCESSES = "processes"
 SAMPLING = ("batch_size", "seed", "flip", "masks", "mask_width")  # what else the course of training depends on
+PROCESSES = "processes"  # and how many share out the clips, which is the trainer's to say
 
 
 class ClipData(LightningDataModule):
@@ -86,11 +86,11 @@ class ClipData(LightningDataModule):
                 f"clip_seconds must give at least {SEGMENT} samples, got {clip_seconds} s at {sample_rate} Hz"
             )
         self.folders: dict[str, ClipFolder | AVSBench | None] = {"train": train, "val": val, "test": test}
+        split_of = AVSBench if root is not None and is_avsbench(root) else generated_split
         for split, folder in self.folders.items():
-            if root is not None and folder is None:
-                self.folders[split] = (AVSBench if is_avsbench(root) else generated_split)(str(root), split)
-            elif isinstance(folder, ClipFolder) and not folder.root:
-                self.folders[split] = _completed(folder, root, split)
+            if folder is None or not folder.root:
+                made = None if root is None else split_of(str(root), split)
+                self.folders[split] = made if folder is None else _completed(folder, made, split)
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.augmentation = Augmentation(flip, masks, mask_width)
         self.on_bad_clip, self.on_leakage = on_bad_clip, on_leakage
@@ -249,10 +249,9 @@ def generated_split(root: str | Path, split: str) -> ClipFolder | None:
     return ClipFolder(str(folder), audio=audio, annotations=str(folder / "annotations.json"))
 
 
-def _completed(folder: ClipFolder, root: str | None, split: str) -> ClipFolder:
+def _completed(folder: ClipFolder | AVSBench, made: ClipFolder | AVSBench | None, split: str) -> ClipFolder:
     """A generated split with those fields of a folder that were given, which has no root of its own."""
-    made = None if root is None or is_avsbench(root) else generated_split(root, split)
-    if made is None:
+    if not isinstance(made, ClipFolder):
         raise ValueError(f"{split}.root is missing: other fields of {split} need it, or a root of generated data")
     given = {field.name: getattr(folder, field.name) for field in fields(folder)}
     return replace(made, **{name: value for name, value in given.items() if value != getattr(ClipFolder, name)})
