@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import soundfile
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ class MediaError(ValueError):
 def load_audio(
     path: str | Path, *, seconds: float | None = None, moment: float | None = None, sample_rate: int | None = None
 ) -> tuple[Tensor, int]:
-    """Read a sound file, channels averaged.
+    """Read a sound file, channels averaged; samples beyond -1..1, which files of floats may have, are cut off.
 
     Args:
         path: any format that libsndfile reads (wav, flac, ogg, mp3, ...).
@@ -55,12 +56,13 @@ def load_audio(
             file.seek(min(max(start, 0), file.frames - frames))
             channels = file.read(frames, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError) as error:
-        raise MediaError(f"cannot read sound {path}: {error}") from error
+        reason = error if Path(path).exists() else "there is no such file"
+        raise MediaError(f"cannot read sound {path}: {reason}") from error
     if len(channels) == 0:
         raise MediaError(f"cannot read sound {path}: it holds no samples")
-    waveform = torch.from_numpy(channels.mean(axis=1))
-    if not waveform.isfinite().all():
+    if not np.isfinite(channels).all():
         raise MediaError(f"cannot read sound {path}: it holds NaN or infinite samples")
+    waveform = torch.from_numpy(channels.clip(-1, 1).mean(axis=1))
     if sample_rate is not None and sample_rate != rate:
         waveform, rate = resampler(rate, sample_rate)(waveform), sample_rate
     if seconds is not None:

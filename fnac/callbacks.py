@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,8 @@ class BestAndLast(ModelCheckpoint):
     def __init__(self, score: Score | None = None, dirpath: str | None = None) -> None:
         super().__init__(dirpath, filename="best", mode="max", save_last=False, enable_version_counter=False)
         self.score = score
-        self.fitting, self.between_steps, self.resumed_from = False, False, Path()
-        self.told_to_stop = False
+        self.fitting, self.between_steps, self.told_to_stop = False, False, False
+        self.resumed_from = Path()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Without validation there is no best: only the last epoch is kept.
@@ -58,7 +58,7 @@ class BestAndLast(ModelCheckpoint):
             ValueError: the validation clips have no such score.
         """
         super().setup(trainer, pl_module, stage)
-        self.fitting, self.between_steps = stage == "fit", False
+        self.fitting, self.between_steps, self.told_to_stop = stage == "fit", False, False
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeFiles()
         folders: Mapping[str, Any] = getattr(trainer.datamodule, "folders", {})  # type: ignore[attr-defined]
@@ -73,14 +73,40 @@ class BestAndLast(ModelCheckpoint):
         elif self.fitting:
             self.monitor, self.save_top_k = None, 0
 
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on, before training, SIGTERM waits for the first moment at which all learn of it."""
+        super().on_sanity_check_start(trainer, pl_module)
+        self._on_sigterm(trainer, self._note_sigterm)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """In several processes SIGTERM waits for a step's end, where all learn of it. Lightning's own handler tells the
-        others at once, amid what they exchange in a step, so that all may wait for ever. It takes ours off at the end.
-        """
+        """In several processes SIGTERM waits for a step's end, where all learn of it."""
         super().on_train_start(trainer, pl_module)
-        self.told_to_stop = False
+        self._on_sigterm(trainer, self._note_sigterm)
+        self._stop_together(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Where nothing is trained, SIGTERM ends a process at once: the others miss it when they next exchange."""
+        super().on_validation_start(trainer, pl_module)
+        if not self.fitting:
+            self._on_sigterm(trainer, _end)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As for validation alone."""
+        super().on_test_start(trainer, pl_module)
+        self._on_sigterm(trainer, _end)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As for validation alone."""
+        super().on_predict_start(trainer, pl_module)
+        self._on_sigterm(trainer, _end)
+
+    @staticmethod
+    def _on_sigterm(trainer: Trainer, handler: Callable[..., None]) -> None:
+        """Replace Lightning's handler in several processes: it tells the others at once, amid what they exchange, so
+        that all may wait for ever. Lightning takes ours off at the end.
+        """
         if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._note_sigterm)
+            signal.signal(signal.SIGTERM, handler)
 
     def _note_sigterm(self, *_: Any) -> None:
         self.told_to_stop = True
@@ -166,6 +192,10 @@ class BestAndLast(ModelCheckpoint):
         _copy(best, copy)
         models = {str(copy): state_dict["best_model_score"]}
         return {"best_model_path": str(copy), "best_k_models": models, "kth_best_model_path": str(copy)}
+
+
+def _end(*_: Any) -> None:
+    raise SIGTERMException
 
 
 @rank_zero_only

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import sys
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import jsonargparse
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
@@ -59,11 +62,12 @@ class LocalizationCLI(LightningCLI):
         """Take from a checkpoint how it was trained, where the user does not say otherwise."""
         super().parse_arguments(parser, args)
         command = self.config["subcommand"]
-        if (seed := self.config[command]["seed_everything"]) < 0:
+        config = self.config[command]
+        if (seed := config["seed_everything"]) < 0:
             raise ValueError(f"--seed_everything must be at least 0, got {seed}")
-        if self.config[command].get("lr_scheduler") and not self.config[command].get("optimizer"):
+        if config.get("lr_scheduler") and not config.get("optimizer"):
             raise ValueError("--lr_scheduler is given without --optimizer; both are needed, --optimizer Adam for one")
-        results = Path(self.config[command]["results"])
+        results = Path(config["results"])
         if results.suffix != ".json":
             raise ValueError(
                 f"--results should be a .json file, got {str(results)!r}; each clip's scores go to a .csv beside it"
@@ -71,14 +75,14 @@ class LocalizationCLI(LightningCLI):
         if command == "test":
             for written in (results, results.with_suffix(".csv")):  # rather than after hours of evaluation
                 check_writable(written)
-        path = self.config[command]["ckpt_path"]
+        path = config["ckpt_path"]
         if path in ("best", "last"):  # Lightning's words for what the same process has trained
             raise ValueError(f"ckpt_path must be a file, such as runs/.../checkpoints/{path}.ckpt, got {path!r}")
         if path is None or path == "hpc":
             return
         checkpoint = read_checkpoint(path)
-        known, saved = self.config[command]["model"], checkpoint.get("hyper_parameters", {})
-        model = {name: value for name, value in saved.items() if name in known and name != "seed"}
+        saved = checkpoint.get("hyper_parameters", {})
+        model = {name: value for name, value in saved.items() if name in config["model"] and name != "seed"}
         data = checkpoint.get(ClipData.__qualname__, {})
         defaults = {f"model.{name}": value for name, value in model.items()}
         defaults |= {f"data.{name}": data[name] for name in READING if name in data}
@@ -98,7 +102,14 @@ class LocalizationCLI(LightningCLI):
         config = self.config[self.config["subcommand"]]
         if config["trainer"]["enable_checkpointing"] is not False and not config["trainer"]["barebones"]:
             self.trainer_defaults["callbacks"] = BestAndLast(config["best_by"])
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        started = os.environ.get("WORLD_SIZE", "") if torch.distributed.is_torchelastic_launched() else ""
+        if started and int(started) != trainer.world_size:
+            raise ValueError(
+                f"--trainer.devices x --trainer.num_nodes is {trainer.world_size}, but torchrun started {started} "
+                "processes; each would train a model of its own"
+            )
+        return trainer
 
     def before_fit(self) -> None:
         """Checkpoints hold tensors and plain values only: nothing else is unpickled."""
@@ -110,6 +121,11 @@ class LocalizationCLI(LightningCLI):
 
     def before_test(self) -> None:
         """As before fitting; the table replaces Lightning's."""
+        if isinstance(self.trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise ValueError(
+                "--trainer.strategy starts processes whose scores end with them; for test it should be ddp instead of "
+                "its spawn and fork kinds"
+            )
         self._checkpoints_are_data()
         self.config_init["test"]["verbose"] = False
 

@@ -30,6 +30,7 @@ from fnac_kernels import info
 
 FNAC, NCE, UNTRAINED, WARM_UP = "FNAC", "NCE alone", "untrained", "warm-up"
 BLIND = (UNTRAINED, OBJECT_ONLY, "centre", "whole frame")  # rows that do not see the ground truth
+COMPARED = {"ap50": "AP50", "pointing": "pointing accuracy"}  # scores in words
 
 
 @dataclass(frozen=True)
@@ -290,7 +291,7 @@ class _Demo:
 def margin(table: Mapping[str, Mapping[str, float]]) -> str:
     """How far FNAC is above the best baseline that does not see the ground truth, in words."""
     parts = []
-    for score, label in (("ap50", "AP50"), ("pointing", "pointing accuracy")):
+    for score, label in COMPARED.items():
         best = max(BLIND, key=lambda row: table[row][score])
         points = 100 * (table[FNAC][score] - table[best][score])
         parts.append(f"{label}: {points:+.1f} points against {best}, the best row that does not see the ground truth")
@@ -300,7 +301,7 @@ def margin(table: Mapping[str, Mapping[str, float]]) -> str:
 def compare(table: Mapping[str, Mapping[str, float]], clips: int) -> str:
     """Whether FNAC's three further terms helped on this data, in words, with the sampling error of the difference."""
     parts, ahead, behind = [], False, False
-    for score, label in (("ap50", "AP50"), ("pointing", "pointing accuracy")):
+    for score, label in COMPARED.items():
         ours, theirs = table[FNAC][score], table[NCE][score]
         error = ((ours * (1 - ours) + theirs * (1 - theirs)) / clips) ** 0.5
         ahead |= ours - theirs > 2 * error

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -16,6 +15,7 @@ from fnac.checkpoints import read_weights
 from fnac.evaluation import Evaluation
 from fnac.metrics import Upsampling
 from fnac.model import AudioVisualModel, image_encoder, load_strictly, object_maps
+from fnac.seeding import mixed, seeded
 from fnac_kernels import FNACLoss, paired_maps
 
 MODEL, OBJECT_GUIDED, OBJECT_ONLY, ORACLE = "model", "model + objects", "object only", "oracle"
@@ -102,8 +102,7 @@ class Localization(LightningModule):
         # line would take it from the checkpoint, whatever its flags say.
         self.save_hyperparameters(ignore=[*CHOSEN_AT_USE])
         self.upsampling, self.object_alpha = upsampling, object_alpha
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             self.model = AudioVisualModel(
                 dim,
                 image_stages=image_stages,
@@ -155,8 +154,7 @@ class Localization(LightningModule):
         warming_up = self.current_epoch < self.hparams["warmup_epochs"]
         self.loss.weights = (self.weights[0], 0, 0, 0) if warming_up else self.weights
         part = batch_idx % self.trainer.accumulate_grad_batches
-        state = np.random.SeedSequence([self.hparams["seed"], self.global_rank, self.global_step, part])
-        torch.manual_seed(int(state.generate_state(1, np.uint64)[0]))
+        torch.manual_seed(mixed(self.hparams["seed"], self.global_rank, self.global_step, part))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss of a batch; its terms are logged."""
@@ -165,6 +163,13 @@ class Localization(LightningModule):
         self.log_dict(terms, batch_size=len(batch["image"]))
         self.log("nce", output.nce.detach(), prog_bar=True, logger=False, batch_size=len(batch["image"]))
         return output.loss
+
+    def on_validation_start(self) -> None:
+        """Validate the model that checkpoints hold, process 0's: where validation begins between accumulated batches,
+        the others' running statistics are still their own."""
+        if self.trainer.world_size > 1:
+            for buffer in self.buffers():
+                torch.distributed.broadcast(buffer, 0)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Score the maps."""
@@ -203,6 +208,10 @@ class Localization(LightningModule):
         if self.trainer.received_sigterm:
             raise SIGTERMException
         return {"name": batch["name"], "map": self.maps(batch["image"], batch["audio"])}
+
+    def on_predict_epoch_end(self) -> None:
+        """Wait for the other processes' maps: one that failed fails all."""
+        self.trainer.strategy.barrier()
 
     def _compared_maps(self, image: Tensor, audio: Tensor) -> dict[str, Tensor]:
         maps = self.maps(image, audio)

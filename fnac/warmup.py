@@ -15,6 +15,7 @@ from fnac.checkpoints import save_weights
 from fnac.data.datamodule import single_object_loaders
 from fnac.data.scene import CLASSES
 from fnac.model import WIDTHS, feature_map, image_encoder
+from fnac.seeding import seeded
 
 
 class ObjectClassifier(LightningModule):
@@ -83,8 +84,7 @@ def warm_up(
         The accuracy on the other tenth, in 0..1.
     """
     train, held_out = single_object_loaders(root, image_size=image_size, batch_size=batch_size, seed=seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         classifier = ObjectClassifier(image_stages=image_stages, lr=lr, steps=epochs * len(train))
     engine = Trainer(
         max_epochs=epochs, check_val_every_n_epoch=epochs, num_sanity_val_steps=0, logger=False,

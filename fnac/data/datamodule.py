@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
@@ -22,7 +23,7 @@ from fnac.data.leakage import OnLeakage, refuse_leakage
 
 READING = ("image_size", "sample_rate", "clip_seconds")  # what makes the network's input of a file
 SAMPLING = ("batch_size", "seed", "flip", "masks", "mask_width")  # what else the course of training depends on
-PROCESSES = "processes"  # and how many share out the clips, which is the trainer's to say
+PROCESSES, CLIPS = "processes", "clips"  # and how many share out the clips, and which these are
 
 
 class ClipData(LightningDataModule):
@@ -159,31 +160,41 @@ class ClipData(LightningDataModule):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """What checkpoints keep: how clips were prepared and drawn, and for how many processes."""
-        return self.settings | {PROCESSES: self._world()["num_replicas"]}
+        """What checkpoints keep: how clips were prepared and drawn, which they are, and for how many processes."""
+        return self.settings | {PROCESSES: self._world()["num_replicas"]} | self._digest()
+
+    def _digest(self) -> dict[str, str]:
+        """The training clips in a few letters, where they have been listed."""
+        if "train" not in self._sets:
+            return {}
+        return {CLIPS: hashlib.sha256("\n".join(self.train_set.names).encode()).hexdigest()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse clips prepared otherwise than those a checkpoint was trained on, and to resume with another order."""
         fitting = self.trainer is not None and self.trainer.state.fn == "fit"
-        processes = self._world()["num_replicas"]
+        processes, digest = self._world()["num_replicas"], self._digest()
+        otherwise = "or take the checkpoint's weights alone, with --model.init_from instead of --ckpt_path"
         if fitting and (trained := state_dict.get(PROCESSES, processes)) != processes:
             raise ValueError(
                 f"--trainer.devices x --trainer.num_nodes is {processes}, but the checkpoint was trained in {trained} "
-                "process(es), which share out each epoch's clips: use as many, or take the checkpoint's weights alone, "
-                "with --model.init_from instead of --ckpt_path"
+                f"process(es), which share out each epoch's clips: use as many, {otherwise}"
+            )
+        if fitting and digest and state_dict.get(CLIPS, digest[CLIPS]) != digest[CLIPS]:
+            raise ValueError(
+                f"--data.train: the checkpoint was trained on other clips than these {len(self.train_set)}: give the "
+                f"same, {otherwise}"
             )
         for name in READING + SAMPLING if fitting else READING:
             here, there = self.settings[name], state_dict[name]
             if here != there:
                 flag = "--seed_everything" if name == "seed" else f"--data.{name}"
                 raise ValueError(
-                    f"{flag} is {here}, but the checkpoint was trained with {there}: give {flag} {there}, or take the "
-                    "checkpoint's weights alone, with --model.init_from instead of --ckpt_path"
+                    f"{flag} is {here}, but the checkpoint was trained with {there}: give {flag} {there}, {otherwise}"
                 )
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled by seed and epoch; batches are all full."""
-        sampler = EpochSampler(self.train_set, seed=self.seed, drop_last=True, **self._world())
+        sampler = EpochSampler(self.train_set, seed=self.seed, **self._world())
         loader = ResumableLoader(self.train_set, sampler=sampler, drop_last=True, **self._loading())
         if (trainer := self.trainer) is not None:
             loader.trained = lambda: trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
@@ -279,7 +290,7 @@ def single_object_loaders(
         raise ValueError(f"batch_size must be at most {cut}, the number of frames to train on, got {batch_size}")
     train = ClipDataset(folder, **reading, names=names[:cut], augmentation=Augmentation(), seed=seed)
     held_out = ClipDataset(folder, **reading, names=names[cut:])
-    sampler = EpochSampler(train, num_replicas=1, rank=0, seed=seed, drop_last=True)
+    sampler = EpochSampler(train, num_replicas=1, rank=0, seed=seed)
     return (
         DataLoader(train, batch_size, sampler=sampler, drop_last=True, collate_fn=collate),
         DataLoader(held_out, batch_size, collate_fn=collate),
@@ -294,9 +305,9 @@ class EpochSampler(DistributedSampler):
 
     skip = 0
 
-    def __init__(self, dataset: Dataset, *, num_replicas: int, rank: int, seed: int, drop_last: bool) -> None:
+    def __init__(self, dataset: Dataset, *, num_replicas: int, rank: int, seed: int) -> None:
         # The base class shuffles by seed + epoch: apart, or neighbouring seeds share their epochs' orders.
-        super().__init__(dataset, num_replicas, rank, shuffle=True, seed=seed * 100_003, drop_last=drop_last)
+        super().__init__(dataset, num_replicas, rank, shuffle=True, seed=seed * 100_003, drop_last=True)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch, skip, self.skip = self.epoch, self.skip, 0
@@ -318,11 +329,11 @@ class ResumableLoader(DataLoader):
         resume, self.resume = self.resume, None
         self.begun = self._epoch()
         self.given = resume["given"] if resume and resume["epoch"] == self._epoch() else 0
-        batch_size, skipped = self.batch_size or 1, 0
-        if isinstance(self.sampler, EpochSampler):
-            self.sampler.skip = self.given * batch_size
+        batch_size, skipped, ours = self.batch_size or 1, 0, isinstance(self.sampler, EpochSampler)
+        if ours:
+            self.sampler.skip = self.given * batch_size  # type: ignore[attr-defined]
         try:
-            for batch in super().__iter__():
+            for batch in islice(super().__iter__(), 0 if ours else self.given, None):
                 self.given += 1
                 skipped += batch_size - len(batch["name"])
                 yield batch

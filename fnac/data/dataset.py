@@ -20,6 +20,7 @@ from fnac.data.annotations import ground_truth, has_extent
 from fnac.data.avsbench import AVSBench, list_frames
 from fnac.data.clip import SILENCE, Clip, some
 from fnac.data.layout import ClipFolder, list_clips
+from fnac.seeding import mixed, seeded
 from fnac.threads import one_thread
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -159,10 +160,7 @@ class ClipDataset(Dataset[dict[str, Any] | None]):
         sample: dict[str, Any] = {"name": clip.name, "index": index}
         if self.has_negatives:
             sample["positive"] = clip.positive
-        # torch's generator serves torchvision and torchaudio; a fork leaves the caller's state as it was. Not
-        # torch.manual_seed, which would also reset the generators of GPUs.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self._sample_seed(epoch, index))
+        with seeded(mixed(self.seed, epoch, index)):  # torch's generator serves torchvision and torchaudio
             sample["image"] = self.normalize(self.vary(image))
             if spectrogram is not None:
                 augmentation = self.augmentation or Augmentation(masks="none")
@@ -174,9 +172,6 @@ class ClipDataset(Dataset[dict[str, Any] | None]):
             elif self.augmentation is None:
                 sample["gt"] = ground_truth(clip.annotation)
         return sample
-
-    def _sample_seed(self, epoch: int, index: int) -> int:
-        return int(np.random.SeedSequence([self.seed, epoch, index]).generate_state(1, np.uint64)[0])
 
     def _decode(self, index: int) -> tuple[Tensor, Tensor | None]:
         """The resized frame, uint8 (3, H, W), and the spectrogram (1, 257, T): all that does not vary."""

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import starmap
 from typing import Any
 
@@ -38,19 +38,19 @@ def in_processes(
     work: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], workers: int, chunksize: int
 ) -> Iterator[Iterator[Any]]:
     """``work(*job)`` of each job, in order; in this process where there are not two ``workers``."""
-    with ExitStack() as stack:
-        stack.enter_context(sigterm_ends_all())
+    with sigterm_ends_all():
         if workers < 2:
             yield starmap(work, jobs)
             return
         # Not forked: the caller may have threads (torch's, for one) that a fork would break.
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupt)
-        stack.callback(pool.shutdown, cancel_futures=True)
         try:
             yield pool.map(work, *zip(*jobs, strict=True), chunksize=chunksize)
         except BrokenProcessPool as error:
             raise RuntimeError("a process was ended, as a rule for want of memory; try fewer workers") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _ignore_interrupt() -> None:

@@ -97,6 +97,17 @@ def test_samples_that_are_not_finite_are_named(tmp_path):
         load_audio(tmp_path / "loud.wav")
 
 
+def test_a_missing_sound_is_told_so(tmp_path):
+    with pytest.raises(MediaError, match=r"cannot read sound .*none\.wav: there is no such file"):
+        load_audio(tmp_path / "none.wav")
+
+
+def test_channels_are_cut_off_at_one_before_they_are_averaged(tmp_path):
+    soundfile.write(tmp_path / "loud.wav", np.array([[5.0, 0.5], [-3.0, 0.0], [0.25, 0.75]]), 8000, subtype="FLOAT")
+    waveform, _ = load_audio(tmp_path / "loud.wav")
+    assert waveform.tolist() == [0.75, -0.5, 0.5]
+
+
 @pytest.mark.parametrize("sample_rate", [None, 16_000])
 @pytest.mark.parametrize("rate", [1, 999, 768_001, 2**31 - 1])
 def test_a_sample_rate_that_cannot_be_is_named(tmp_path, rate, sample_rate):

@@ -246,6 +246,20 @@ def test_a_run_that_is_told_to_stop_does_not_end_as_one_that_is_done(run, tmp_pa
     assert torch.load(last, weights_only=True)["global_step"] == 1
 
 
+def test_processes_that_torchrun_started_are_all_asked_for(run, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        SystemExit, match=r"^fnac: --trainer.devices x --trainer.num_nodes is 1, but torchrun started 2"
+    ):
+        run("fit")
+
+
+def test_scores_must_not_end_with_processes(run):
+    with pytest.raises(SystemExit, match=r"^fnac: --trainer\.strategy .* should be ddp"):
+        run("test", "--trainer.devices=2", "--trainer.strategy=ddp_spawn")
+
+
 @pytest.mark.parametrize("command", ["test", "predict"])
 def test_an_evaluation_that_is_told_to_stop_does(run, tmp_path, monkeypatch, capsys, command):
     def tell(self, outputs, batch, batch_idx, *_):

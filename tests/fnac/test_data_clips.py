@@ -329,3 +329,24 @@ def test_a_limit_on_batches_neither_breaks_resuming_nor_overfitting(root, tmp_pa
     resumed = fit(root, tmp_path, Recorder(), resume=str(tmp_path / "whole" / "step=2.ckpt"), limit_train_batches=2)
     assert resumed.seen == whole.seen[2:]
     assert len({names for _, names, _ in fit(root, tmp_path, Recorder(), overfit_batches=1).seen}) == 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_overfitting_goes_on_within_an_epoch(root, tmp_path):
+    whole = fit(root, tmp_path / "whole", Recorder(), overfit_batches=3)
+    resumed = fit(root, tmp_path, Recorder(), resume=str(tmp_path / "whole" / "step=4.ckpt"), overfit_batches=3)
+    assert resumed.seen == whole.seen[4:]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_other_training_clips_are_no_run_to_go_on_with(root, tmp_path):
+    fit(root, tmp_path, Recorder())
+    data = ClipData(
+        str(root), train=ClipFolder(f"{root}/train", ids=f"{tmp_path}/some.txt"), batch_size=4, seed=9, **SMALL
+    )
+    names = ClipData(str(root), **SMALL).train_set.names
+    (tmp_path / "some.txt").write_text("\n".join(names[1:]))
+    trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", max_epochs=3, logger=False,
+                      enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+    with pytest.raises(ValueError, match=r"--data\.train: the checkpoint was trained on other clips than these 13"):
+        trainer.fit(Recorder(), datamodule=data, ckpt_path=str(tmp_path / "step=3.ckpt"))

@@ -161,3 +161,42 @@ def test_processes_may_share_one_loss(trained, launch):
     assert ranks[0]["weights"] == ranks[1]["weights"]
     _, apart = trained
     assert apart[0]["steps"][0]["loss"] != apart[1]["steps"][0]["loss"]
+
+
+EVALUATE = """
+    import signal, sys
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import Callback
+    from fnac.callbacks import BestAndLast
+    from fnac.data.datamodule import ClipData
+    from fnac.training import Localization
+
+    how, root = sys.argv[1:]
+
+    class Stop(Callback):
+        def stop(self, trainer, *_):
+            if trainer.global_rank == 1:
+                signal.raise_signal(signal.SIGTERM)
+
+        on_test_batch_end = on_predict_batch_end = stop
+
+        def on_validation_batch_end(self, trainer, *_):
+            assert trainer.sanity_checking == (how == "fit")
+            self.stop(trainer)
+
+    if __name__ == "__main__":
+        model = Localization(dim=16, image_stages=1, audio_stages=1)
+        trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, callbacks=[Stop(), BestAndLast()],
+                          max_epochs=1, enable_progress_bar=False, enable_model_summary=False)
+        getattr(trainer, how)(model, datamodule=ClipData(root, batch_size=1, image_size=48, clip_seconds=0.25))
+        print("done")
+"""
+
+
+@pytest.mark.parametrize("how", ["fit", "validate", "test", "predict"])
+def test_sigterm_to_one_process_ends_all_where_nothing_is_trained_yet(tmp_path, generated, how):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(EVALUATE))
+    command = [sys.executable, str(script), how, str(generated)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert "done" not in done.stdout
