@@ -119,7 +119,8 @@ DEVICES = ("cpu", "cuda")
 
 @functools.cache
 def preference(device: str) -> tuple[str, ...]:
-    """What is tried for a kind of device, in this order. On Hopper ``cuda`` is faster, by ``bench/results/h100``; other
+    """What is tried for a kind of device, in this order. On Hopper ``cuda`` is faster, by ``bench/results/h100``
+    (but for a large batch in float32); other
     chips have not been measured, and there its kernels lack what Triton uses for large batches.
     """
     if device == "cpu":
@@ -136,7 +137,8 @@ _override: str | None = None
 
 
 class use_backend:
-    """Make every call use one backend, from here on or for a ``with`` block. ``None`` restores the automatic choice.
+    """Make every call use one backend, from here on or for a ``with`` block. ``None`` takes an order back:
+    ``FNAC_BACKEND``'s holds again, or the automatic choice.
 
     Like ``torch.set_grad_enabled`` it takes effect when called; as a context manager it puts the previous choice back.
     The choice is the process's. ``FNAC_BACKEND``, read at import, sets it from outside; the ``backend`` argument goes

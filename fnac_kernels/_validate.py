@@ -1,4 +1,4 @@
-"""Every check of the public functions' arguments, in one place: name the argument, what it is, what it should be."""
+"""Checks of the public functions' arguments: name the argument, what it is, what it should be."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ class LazySimilarity:
     def __init__(self, img: Tensor, aud: Tensor, tau: float, maps: Tensor) -> None:
         self._img, self._aud, self._tau, self._maps = img, aud, tau, maps
         self._whole: Tensor | None = None
+        self._recorded = torch.is_grad_enabled()
 
     @property
     def shape(self) -> torch.Size:
@@ -35,9 +36,11 @@ class LazySimilarity:
         return len(self._img)
 
     def tensor(self) -> Tensor:
-        """The whole ``(N, M, H, W)`` tensor, built when first asked for."""
+        """The whole ``(N, M, H, W)`` tensor, built when first asked for: under the autocast of then, with gradients if
+        they were recorded when the loss was computed."""
         if self._whole is None:
-            self._whole = similarity_maps(self._img, self._aud, self._tau)
+            with torch.set_grad_enabled(self._recorded):
+                self._whole = similarity_maps(self._img, self._aud, self._tau)
         return self._whole
 
     def __getitem__(self, index: Any) -> Tensor:
@@ -70,7 +73,11 @@ def _operator(name: str) -> Callable[..., Any]:
     return lambda self, *others: getattr(self.tensor(), name)(*others)
 
 
-for _names in ("add radd sub rsub mul rmul truediv rtruediv pow matmul", "neg abs", "lt le gt ge eq ne"):
+for _names in (
+    "add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod pow rpow matmul",
+    "neg abs",
+    "lt le gt ge eq ne",
+):
     for _name in _names.split():
         setattr(LazySimilarity, f"__{_name}__", _operator(f"__{_name}__"))
 
@@ -89,7 +96,7 @@ def patch_fnac_avl(model_class: type, *, backend: str | None = None) -> type:
 
     ``patch_fnac_avl(FNAC)`` is the one line a training script needs. The class's own ``tau`` and ``high_conf_thresh``
     are read at each call, results and their order are the official ones, and ``Slogits`` is never built unless the
-    caller indexes it other than by the matched pairs.
+    caller uses it otherwise than by indexing the matched pairs or asking for its shape.
 
     Raises:
         TypeError: ``model_class`` is not a class with a ``calculate_loss`` method.

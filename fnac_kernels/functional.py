@@ -6,8 +6,9 @@ bfloat16 or float16 (float64 runs on the reference). Results are float32 (float6
 input's dtype. Under autocast the features are rounded to the autocast dtype first, as ``einsum`` would cast them.
 Of a float32 ``img``, ``cpu`` rounds what it multiplies in bfloat16 and nothing else.
 
-``backend``: None chooses by device (CPU tensors: ``cpu``; CUDA tensors: ``triton``, then ``cuda``, on Hopper ``cuda``
-first; ``reference`` where none is usable); a name is an order, never falls back, and says why it cannot be followed.
+``backend``: None takes what ``use_backend`` or ``FNAC_BACKEND`` orders, else chooses by device (CPU tensors: ``cpu``;
+CUDA tensors: ``triton``, then ``cuda``, on Hopper ``cuda`` first; ``reference`` where none is usable); a name is an
+order, never falls back, and says why it cannot be followed.
 
 Bad arguments raise ValueError or TypeError that name the argument, before any kernel runs. NaN and inf propagate as
 they do in plain PyTorch, except that a gradient that reads the chosen cells alone is finite where only others are not;
@@ -155,7 +156,7 @@ def distributed_fnac_loss(
 
     Feature maps stay where they are. Processes exchange embeddings, pooled features and sums; each computes the rows
     of its own images, ``(n, N)`` logits, with the backend's kernels, and its share of the terms in plain PyTorch.
-    All call it together; their numbers of pairs may differ.
+    All call it together, with at least one pair each; their numbers may differ.
 
     Args:
         img: ``(n, C, H, W)``, this process's share.

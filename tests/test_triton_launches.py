@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", minversion="3.5", reason="an older Triton binds arguments in another way")
 if importlib.util.find_spec("triton.backends.nvidia") is None:
@@ -106,3 +107,11 @@ def test_a_step_of_4096_allocates_at_most_the_gradients_and_12_bytes_a_pair(coun
     for case, peak in counted["peaks"].items():
         gradients = (49 + 1) * features * (4 if "float32" in case else 2)
         assert gradients < peak <= gradients + 12 * n * n, (case, peak / 2**20)
+
+
+def test_an_image_beyond_32_bits_is_refused():
+    triton_launch = pytest.importorskip("fnac_kernels.backends.triton.launch")
+    img = torch.empty(1, 2**16, 2**8, 2**7, device="meta")
+    with pytest.raises(ValueError, match=r"img has 2147483648 elements an image .* takes fewer than 2\*\*31"):
+        triton_launch.on_image(img)
+    triton_launch.on_image(img[:, 1:])

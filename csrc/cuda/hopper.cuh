@@ -21,6 +21,10 @@ constexpr int kStepBytes = 32;   // of a row: the 16 elements that one product g
 // Whether a device has what these kernels need.
 bool is_hopper(int device);
 
+// Whether the cells of all images, as rows of a matrix, have coordinates that the copy engine takes, a box
+// beyond the last one included.
+inline bool has_coordinates(const FeatureMap& img) { return img.n * img.p < (int64_t{1} << 31) - 1024; }
+
 // Copies features of 16 bits in NCHW to channels_last, (n, p, c). With weights (n, p), the features being
 // bfloat16, also writes sums (n, c) of weight times feature over the cells.
 void copy_channels_last(const FeatureMap& img, void* copy, const float* weights, float* sums,

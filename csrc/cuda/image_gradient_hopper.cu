@@ -289,8 +289,8 @@ bool gradients_hopper_serve(const FeatureBackward& job, int device) {
     const FeatureMap& img = job.img;
     return is_hopper(device) && job.grad_logits != nullptr && img.dtype == Dtype::kBFloat16 &&
            img.c % 8 == 0 && img.p >= kLeastCells &&
-           img.p <= (job.m <= kFewSounds ? kMostCellsOfFew : kMostCells) && is_aligned(img.data) &&
-           is_aligned(job.aud) && (job.dimg == nullptr || is_aligned(job.dimg));
+           img.p <= (job.m <= kFewSounds ? kMostCellsOfFew : kMostCells) && has_coordinates(img) &&
+           is_aligned(img.data) && is_aligned(job.aud) && (job.dimg == nullptr || is_aligned(job.dimg));
 }
 
 void image_gradient_hopper(const FeatureBackward& job, const Launch& where) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -51,6 +52,8 @@ struct DeviceGuard {
     explicit DeviceGuard(const Launch&) {}
 };
 
+inline int most_shared(int) { return std::numeric_limits<int>::max(); }  // a launch beyond it is refused
+
 template <class Arguments>
 void launch(void (*kernel)(Arguments), const Shape& shape, const Grid& grid, int threads, int64_t shared,
             const Launch&, const Arguments& arguments) {
@@ -87,10 +90,17 @@ class DeviceGuard {
     bool switched_ = false;
 };
 
+// Bytes of shared memory that a block may have.
+inline int most_shared(int device) {
+    int most = 0;
+    check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          {"launch", 0, 0, 0, 0});
+    return most;
+}
+
 // A launch beyond the device's limits is refused with both numbers, not with "invalid argument".
 inline void check_limits(const Shape& shape, const Grid& grid, int64_t shared, int device) {
-    int most = 0;
-    check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), shape);
+    const int most = most_shared(device);
     if (shared > most)
         throw std::runtime_error("CUDA kernel " + shape.describe() + " needs " + std::to_string(shared) +
                                  " bytes of shared memory a block, the device has " + std::to_string(most));

@@ -12,7 +12,12 @@
 namespace fnac::cuda {
 namespace {
 
+// Chips before sm_80 copy nothing ahead, and a block has 64 KB of shared memory there.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kStages = 2;
+#else
 constexpr int kStages = 3;
+#endif
 constexpr int kImages = 2;  // of a block
 
 struct MaxLogitsArguments {
@@ -210,10 +215,11 @@ template <class Tile, class T, bool kPlanes, int kWarps>
 void start(MaxLogitsArguments arguments, const Launch& where) {
     using Block = Operands<T, kPlanes, kWarps>;
     arguments.sound_blocks = static_cast<int>(ceil_div(arguments.m, Block::kSounds));
+    static_assert(2 * Block::kStageBytes <= 64 * 1024);
     launch(max_logits_kernel<Tile, T, kPlanes, kWarps>,
            {"max_logits_kernel", arguments.n, arguments.m, arguments.c, arguments.p},
            {ceil_div(arguments.n, kImages) * arguments.sound_blocks}, Block::kThreads,
-           kStages * Block::kStageBytes, where, arguments);
+           smaller(kStages * Block::kStageBytes, most_shared(where.device)), where, arguments);
 }
 
 template <class Tile, class T>

@@ -291,7 +291,7 @@ bool max_logits_hopper_serves(const MaxLogits& job, int device) {
     const FeatureMap& img = job.img;
     return is_hopper(device) && img.dtype != Dtype::kFloat32 && img.c % 8 == 0 &&
            img.c <= kMostBoxes * kBoxColumns && img.p >= 16 && img.p <= kMostColumns &&
-           is_aligned(img.data) && is_aligned(job.aud);
+           has_coordinates(img) && is_aligned(img.data) && is_aligned(job.aud);
 }
 
 void max_logits_hopper(const MaxLogits& job, const Launch& where) {

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fnac_kernels.backends.triton.audio_gradient import audio_gradient
 from fnac_kernels.backends.triton.image_gradient import image_gradient
-from fnac_kernels.backends.triton.launch import on
+from fnac_kernels.backends.triton.launch import on_image
 
 
 def feature_backward(
@@ -25,11 +25,9 @@ def feature_backward(
     need_aud: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     dimg = daud = None
-    with on(img):
+    with on_image(img):
         if need_aud and aud is not None:
             daud = audio_gradient(img, aud, tau, grad_logits, argmax, grad_maps, grad_aud)
         if need_img:
-            dimg = image_gradient(
-                img, aud, tau, grad_logits, argmax, grad_maps, mask, grad_avg, grad_foreground
-            )  # fmt: skip
+            dimg = image_gradient(img, aud, tau, grad_logits, argmax, grad_maps, mask, grad_avg, grad_foreground)
     return dimg, daud

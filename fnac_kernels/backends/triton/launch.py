@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -36,6 +37,20 @@ def precision(dtype: torch.dtype) -> Precision:
 def on(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Launch on the tensor's device and its current stream; on CPU tensors Triton's interpreter runs the kernels."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def on_image(img: Tensor) -> contextlib.AbstractContextManager[object]:
+    """:func:`on`, of features among which the kernels find their way in 32 bits, image by image.
+
+    Raises:
+        ValueError: an image has more elements.
+    """
+    elements = math.prod(img.shape[1:])
+    if elements >= 2**31:
+        raise ValueError(
+            f"img has {elements} elements an image (C*H*W); backend 'triton' takes fewer than 2**31, 'cuda' takes more"
+        )
+    return on(img)
 
 
 def run(kernel: Any, grid: tuple[int, ...] | Callable[..., tuple[int, ...]], *arguments: Any, **options: Any) -> None:

@@ -22,7 +22,7 @@ from fnac_kernels.backends.triton.products import halves
 def parts_kernel(x, y, z, out, count, BLOCK: tl.constexpr):
     """``out (.., 2, count)``: the parts of x, y, z, one after the other in the grid."""
     which = tl.program_id(1)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     if which == 0:
         value = tl.load(x + at, mask=at < count, other=0.0).to(tl.float32)
     elif which == 1:

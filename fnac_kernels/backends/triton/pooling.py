@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fnac_kernels._native import image_strides
 from fnac_kernels.backends.triton import tuning
-from fnac_kernels.backends.triton.launch import on, run
+from fnac_kernels.backends.triton.launch import on_image, run
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -154,7 +154,7 @@ def pool_pairs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, c, h, w = img.shape
     avg = torch.empty((n if pooled else 0, c), dtype=torch.float32, device=img.device)
-    with on(img):
+    with on_image(img):
         if not pooled:
             return (
                 _maps(img, aud, tau),
@@ -167,6 +167,6 @@ def pool_pairs(
 
 
 def foreground_pool(img: Tensor, maps: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    with on(img):
+    with on_image(img):
         _, mask, foreground = _pool(img, None, maps, 1.0, threshold, None)
     return foreground, mask
