@@ -99,9 +99,7 @@ def measure(op: Op, case: Case, dtype: str, options: argparse.Namespace, peaks: 
     timings = interleave(steps, options.device, rounds=options.rounds, seconds=options.seconds) if steps else {}
     base = timings.get(rivals.BASELINE)
     for name, timing in timings.items():
-        row = rows[name]
-        row.p20, row.p50, row.p80, row.rounds = timing.p20, timing.p50, timing.p80, timing.rounds
-        row.ratio = base.p50 / timing.p50 if base else None
+        row = rows[name].timed(timing, base)
         row.fraction = limits.seconds(op, case, rivals.CONTENDERS[name].judged(precision), peaks) / (timing.p50 / 1e3)
     yield from rows.values()
 

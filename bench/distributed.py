@@ -1,6 +1,6 @@
 """``python -m bench.distributed``: the loss of a batch that processes share, beside plain PyTorch and one process.
 
-Each process has an equal share of the pairs, and of this machine's threads or a CUDA device of its own.
+Each process has about an equal share of the pairs, and of this machine's threads or a CUDA device of its own.
 """
 
 from __future__ import annotations
@@ -82,12 +82,9 @@ def measure(case: Case, device: torch.device, rounds: int) -> list[Row]:
             dist.barrier()  # the slowest counts
             samples[name].append((time.perf_counter() - start) * 1e3)
     times = {name: timing(values) for name, values in samples.items()}
+    base = times[rivals.BASELINE]
     full = f"{case.name}, {processes} processes" + conditions(keep_memory=False)
-    return [
-        Row("distributed_fnac_loss", full, "float32", name, "ok", "",
-            t.p20, t.p50, t.p80, t.rounds, times[rivals.BASELINE].p50 / t.p50)
-        for name, t in times.items()
-    ]  # fmt: skip
+    return [Row("distributed_fnac_loss", full, "float32", name).timed(t, base) for name, t in times.items()]
 
 
 def process(rank: int, options: argparse.Namespace, store: str) -> None:

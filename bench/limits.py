@@ -25,20 +25,17 @@ def seconds(op: Op, case: Case, dtype: torch.dtype, peaks: dict[str, float]) -> 
 def work(op: Op, case: Case) -> tuple[float, float]:
     """Floating-point operations, and elements of the features read and written, each time they must be."""
     pairs, features = case.n * case.m, case.n * case.cells * case.c
+    products = 2.0 * pairs * case.cells * case.c
+    chosen = 4.0 * pairs * case.c  # the winning cell of each pair, to the image and to the sound
     adjacency = 3 * 2.0 * pairs * case.c  # three matrices times the features
-    forward = {
-        "fnac_loss": 2.0 * pairs * case.cells * case.c + adjacency / 2,
-        "max_logits": 2.0 * pairs * case.cells * case.c,
-        "max_logits_forward": 2.0 * pairs * case.cells * case.c,
-        "nce": 2.0 * pairs * case.c,
-        "paired_maps": 2.0 * features,
-        "adjacency_contrastive": adjacency / 2,
+    forward, backward = {
+        "fnac_loss": (products + adjacency / 2, chosen + adjacency),
+        "max_logits": (products, chosen),
+        "max_logits_forward": (products, 0.0),
+        "nce": (products, chosen),
+        "paired_maps": (2.0 * features, 0.0),
+        "adjacency_contrastive": (adjacency / 2, adjacency),
     }[op.name]
     if op.name == "adjacency_contrastive":
         features = 3 * case.n * case.c + pairs
-    if not op.backward:
-        return forward, features
-    backward = (4 * pairs * case.c if op.name != "adjacency_contrastive" else 0) + (
-        adjacency if op.name in ("fnac_loss", "adjacency_contrastive") else 0
-    )
-    return forward + backward, 3 * features  # read twice, its gradient written once
+    return forward + backward, (3 if op.backward else 1) * features  # read twice, its gradient written once

@@ -70,10 +70,8 @@ def _grown(rows: Sequence[Row]) -> list[str]:
 
 
 def _figure(rows: Sequence[Row], limit: float | None, ink: str, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
     style: Any = {
         "text.color": ink,
@@ -85,16 +83,15 @@ def _figure(rows: Sequence[Row], limit: float | None, ink: str, path: Path) -> N
         "axes.spines.top": False,
         "axes.spines.right": False,
     }
-    with plt.rc_context(style):
+    with rc_context(style):
         grown = _grown(rows)
         times = {series: _curves(rows, series, "p50") for series in grown}
         peaks = {series: _curves(rows, series, "peak_bytes") for series in grown}
         lines = 2 if any(y for curves in peaks.values() for points in curves.values() for _, y in points) else 1
         colours = _colours({name for curves in (*times.values(), *peaks.values()) for name in curves})
         size = (4.5 * len(grown) if len(grown) > 1 else 6, 0.5 + 3 * lines)
-        figure, axes = plt.subplots(
-            lines, len(grown), figsize=size, layout="constrained", sharex="col", sharey="row", squeeze=False
-        )
+        figure = Figure(size, layout="constrained")
+        axes = figure.subplots(lines, len(grown), sharex="col", sharey="row", squeeze=False)
         for column, series in zip(axes.T, grown, strict=True):
             _panel(column[0], times[series], colours, 1.0)
             if lines == 2:
@@ -113,7 +110,6 @@ def _figure(rows: Sequence[Row], limit: float | None, ink: str, path: Path) -> N
         figure.legend(named.values(), named, loc="outside upper center", ncols=columns, frameon=False)
         temporary = path.with_name(path.name + ".tmp")
         figure.savefig(temporary, format="png", dpi=110, transparent=True, metadata={"Software": None})
-        plt.close(figure)
     os.replace(temporary, path)
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from bench.timer import Timing
+
 Status = Literal["ok", "out of memory", "not run", "differs", "failed"]
 DIRECTORY = Path(__file__).parent / "results"
 
@@ -42,6 +44,12 @@ class Row:
     peak_bytes: int | None = None
     value_error: float | None = None
     grad_error: float | None = None
+
+    def timed(self, timing: Timing, baseline: Timing | None) -> Row:
+        """The row itself, with its times."""
+        self.p20, self.p50, self.p80, self.rounds = timing.p20, timing.p50, timing.p80, timing.rounds
+        self.ratio = baseline.p50 / timing.p50 if baseline else None
+        return self
 
 
 @dataclass

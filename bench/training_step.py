@@ -99,12 +99,8 @@ def main() -> None:
             raise SystemExit(f"{name} gives a loss of {value}, {rivals.BASELINE} {first[rivals.BASELINE]}: not timed")
     timings = interleave(steps, options.device, rounds=options.rounds, seconds=options.seconds)
     case = f"b{options.batch}-{side(options.size)}x{side(options.size)}" + conditions(options.keep_memory)
-    rows = [
-        Row("training_step", case, "float32", name, "ok", "", t.p20, t.p50, t.p80, t.rounds)
-        for name, t in timings.items()
-    ]
-    for row in rows:
-        row.ratio = timings[rivals.BASELINE].p50 / timings[row.contender].p50
+    base = timings[rivals.BASELINE]
+    rows = [Row("training_step", case, "float32", name).timed(timing, base) for name, timing in timings.items()]
     print(f"a training step, batch {options.batch}, {options.size}x{options.size} images\n{table(rows)}")
     if options.out:
         settings = {
