@@ -110,12 +110,12 @@ def _facts(runs: Sequence[Run]) -> str:
     }
     limits = ", ".join(text.format(peaks[key] / 1e9) for key, text in names.items() if key in peaks)
     limits = f"Measured limits, in GFLOP/s: {limits}. " if limits else ""
-    commits = ", ".join(dict.fromkeys(run.machine["commit"] for run in runs))
+    dates, commits = (", ".join(dict.fromkeys(run.machine[key] for run in runs)) for key in ("date", "commit"))
     memory = next((run.settings["memory_limit"] for run in runs if "memory_limit" in run.settings), None)
     exhausted = "" if memory is None else f"; a call that needs more than {memory:g} GiB is out of memory"
     return (
         f"### {_title(machine)}\n\n"
-        f"torch {machine['versions']['torch']}, {machine['date']}, commit {commits}. {limits}"
+        f"torch {machine['versions']['torch']}, {dates}, commit {commits}. {limits}"
         f"Milliseconds are medians of interleaved runs; in brackets how many times faster than {BASELINE}. "
         f"*Of limit*: the share of the machine's limit that our kernel reaches. *Peak*: memory beyond the inputs, "
         f"results included{exhausted}."

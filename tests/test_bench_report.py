@@ -69,6 +69,11 @@ def test_the_machine_measured_last_comes_first_and_the_others_are_folded():
     assert "Measured before: an older one (2 threads, avx2)" in made
 
 
+def test_all_dates_and_commits_of_a_machine_are_told():
+    later = dataclasses.replace(RUN, machine={**RUN.machine, "commit": "def", "date": "2026-02-01"}, rows=[])
+    assert "torch 2.11.0, 2026-01-01, 2026-02-01, commit abc, def." in report.section({"desk": [RUN, later]})
+
+
 def test_results_without_limits_say_nothing_of_them():
     """Those of ``bench.distributed`` alone, say."""
     row = Row("distributed_fnac_loss", "published, 2 processes", "float32", "eager", p50=80.0, ratio=1.0)
