@@ -22,17 +22,19 @@ from fnac_kernels.backends.triton.products import halves
 def parts_kernel(x, y, z, out, count, BLOCK: tl.constexpr):
     """``out (.., 2, count)``: the parts of x, y, z, one after the other in the grid."""
     which = tl.program_id(1)
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    start = tl.cast(tl.program_id(0), tl.int64) * BLOCK
+    at = tl.arange(0, BLOCK)
+    wanted = at < count - start
     if which == 0:
-        value = tl.load(x + at, mask=at < count, other=0.0).to(tl.float32)
+        value = tl.load(x + start + at, mask=wanted, other=0.0).to(tl.float32)
     elif which == 1:
-        value = tl.load(y + at, mask=at < count, other=0.0).to(tl.float32)
+        value = tl.load(y + start + at, mask=wanted, other=0.0).to(tl.float32)
     else:
-        value = tl.load(z + at, mask=at < count, other=0.0).to(tl.float32)
+        value = tl.load(z + start + at, mask=wanted, other=0.0).to(tl.float32)
     high, low = halves(value)
-    out += tl.cast(which, tl.int64) * 2 * count
-    tl.store(out + at, high, mask=at < count)
-    tl.store(out + tl.cast(count, tl.int64) + at, low, mask=at < count)
+    out += tl.cast(which, tl.int64) * 2 * count + start
+    tl.store(out + at, high, mask=wanted)
+    tl.store(out + tl.cast(count, tl.int64) + at, low, mask=wanted)
 
 
 def parts(*tensors: Tensor) -> tuple[Tensor, ...]:
