@@ -119,9 +119,9 @@ DEVICES = ("cpu", "cuda")
 
 @functools.cache
 def preference(device: str) -> tuple[str, ...]:
-    """What is tried for a kind of device, in this order. On Hopper ``cuda`` is faster, by ``bench/results/h100``
-    (but for a large batch in float32); other
-    chips have not been measured, and there its kernels lack what Triton uses for large batches.
+    """What is tried for a kind of device, in this order. On Hopper ``cuda`` is faster, by ``bench/results/h100`` (but
+    for a large batch in float32); other chips have not been measured, and there its kernels lack what Triton uses for
+    large batches.
     """
     if device == "cpu":
         return ("cpu",)
