@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import signal
@@ -67,6 +68,8 @@ class LocalizationCLI(LightningCLI):
             raise ValueError(f"--seed_everything must be at least 0, got {seed}")
         if config.get("lr_scheduler") and not config.get("optimizer"):
             raise ValueError("--lr_scheduler is given without --optimizer; both are needed, --optimizer Adam for one")
+        if config.get("optimizer"):
+            _refuse_settings_of_adam(config["model"])
         results = Path(config["results"])
         if results.suffix != ".json":
             raise ValueError(
@@ -163,6 +166,13 @@ class LocalizationCLI(LightningCLI):
 
     def _checkpoints_are_data(self) -> None:
         self.config_init[self.subcommand]["weights_only"] = True
+
+
+def _refuse_settings_of_adam(given: Mapping[str, Any]) -> None:
+    """Lightning's --optimizer takes the place of the model's Adam, and of its learning rate and weight decay."""
+    for name in ("lr", "weight_decay"):
+        if given[name] != inspect.signature(Localization).parameters[name].default:
+            raise ValueError(f"--model.{name} is {given[name]}, but --optimizer is given, which has --optimizer.{name}")
 
 
 def _refuse_other(given: Mapping[str, Any], trained: Mapping[str, Any], path: str) -> None:

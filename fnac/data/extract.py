@@ -233,7 +233,11 @@ def _scan(path: Path, container: Any, picture: Any, sound: Any, target: int | No
                 check_rate(path, rate, target)
             elif frame.sample_rate != rate:
                 raise ValueError(f"the rate of its sound changes from {rate} to {frame.sample_rate} Hz")
-            chunks += [part.to_ndarray().mean(axis=0) for part in to_float.resample(frame)]
+            for part in to_float.resample(frame):
+                channels = part.to_ndarray()
+                if not np.isfinite(channels).all():
+                    raise ValueError("its sound holds NaN or infinite samples")
+                chunks.append(channels.clip(-1, 1).mean(axis=0))  # as load_audio does
             samples += frame.samples
             check_size(path, samples, 1, rate, target)
     if end < begin or not chunks:
@@ -243,8 +247,6 @@ def _scan(path: Path, container: Any, picture: Any, sound: Any, target: int | No
     waveform = np.concatenate([np.zeros(max(late, 0), np.float32), *chunks])[max(-late, 0) :]
     if len(waveform) == 0:
         raise ValueError("its sound ends before its picture begins")
-    if not np.isfinite(waveform).all():
-        raise ValueError("its sound holds NaN or infinite samples")
     return int(begin), int(end), waveform, rate
 
 

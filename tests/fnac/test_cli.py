@@ -230,6 +230,12 @@ def test_a_scheduler_needs_an_optimizer(run):
         run("fit", "--lr_scheduler=StepLR", "--lr_scheduler.step_size=1")
 
 
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_what_another_optimizer_would_ignore_is_an_error(run, name):
+    with pytest.raises(SystemExit, match=rf"^fnac: --model\.{name} is 0\.5, but --optimizer is .* --optimizer\.{name}"):
+        run("fit", "--optimizer=Adam", f"--model.{name}=0.5")
+
+
 def test_a_run_that_is_told_to_stop_does_not_end_as_one_that_is_done(run, tmp_path, monkeypatch, capsys):
     told = [os.kill]
 

@@ -41,13 +41,14 @@ def make_video(
     picture_delay: float = 0,
     sound_delay: float = 0,
     b_frames: int = 0,
+    amplitude: float = 0.5,
 ) -> None:
     """Two seconds in the format of the suffix."""
     with av.open(str(path), "w") as container:
         # Both streams must be there before the first packet.
         encoders = [] if codec is None else [add_picture(container, codec, picture_delay, b_frames)]
         if sound is not None:
-            encoders.append(add_sound(container, sound, sound_delay))
+            encoders.append(add_sound(container, sound, sound_delay, amplitude))
         for encode in encoders:
             container.mux(encode())
 
@@ -73,18 +74,18 @@ def add_picture(container, codec: str, delay: float, b_frames: int):
     return encode
 
 
-def add_sound(container, codec: str, delay: float):
+def add_sound(container, codec: str, delay: float, amplitude: float):
     rate = 48_000 if codec == "libopus" else RATE
     stream = container.add_stream(codec, rate=rate, layout="stereo")
 
     def encode() -> list:
         time = np.arange(2 * rate) / rate
-        samples = np.zeros((2 * rate, 2), np.int16)
-        samples[:, 0] = 32767 * 0.5 * np.sin(2 * np.pi * TONE * time) * (time >= 1)
+        samples = np.zeros((2 * rate, 2), np.float32)
+        samples[:, 0] = amplitude * np.sin(2 * np.pi * TONE * time) * (time >= 1)
         packets = []
         for begin in range(0, 2 * rate, 960):
             part = samples[begin : begin + 960].reshape(1, -1)
-            frame = av.AudioFrame.from_ndarray(part, format="s16", layout="stereo")
+            frame = av.AudioFrame.from_ndarray(part, format="flt", layout="stereo")
             frame.sample_rate, frame.time_base, frame.pts = rate, Fraction(1, rate), begin + round(delay * rate)
             packets += stream.encode(frame)
         return packets + stream.encode()
@@ -208,6 +209,21 @@ def test_the_sound_begins_with_the_picture(tmp_path, sound_delay, picture_delay,
     root = run(tmp_path / "videos")
     assert onset(root, "a") == pytest.approx(begin, abs=0.03)
     assert frame_index(root, "a") == FRAMES // 2
+
+
+def test_channels_are_cut_off_at_one_before_they_are_averaged(tmp_path):
+    (tmp_path / "videos").mkdir()
+    make_video(tmp_path / "videos" / "loud.mkv", sound="pcm_f32le", amplitude=4)
+    sound, _ = soundfile.read(run(tmp_path / "videos", sample_rate=None) / "audio" / "loud.wav")
+    assert np.abs(sound).max() == pytest.approx(0.5, abs=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in multiply")
+def test_a_sound_that_is_not_finite_is_named(tmp_path):
+    (tmp_path / "videos").mkdir()
+    make_video(tmp_path / "videos" / "odd.mkv", sound="pcm_f32le", amplitude=np.inf)
+    with pytest.raises(MediaError, match=r"odd\.mkv: its sound holds NaN or infinite samples"):
+        run(tmp_path / "videos")
 
 
 def test_frames_before_a_cut_do_not_count(tmp_path, video):
