@@ -47,6 +47,9 @@ def _from_torch(architectures: str) -> str:
                 "separated by semicolons or spaces"
             )
         major, minor, suffix, ptx = match.groups()
+        if int(major + minor) < 75:
+            print(f"fnac_kernels: TORCH_CUDA_ARCH_LIST has {name}, which is left out: the kernels need 7.5 or newer")
+            continue
         translated.append(f"{major}{minor}{suffix}" + ("" if ptx else "-real"))
     return ";".join(translated)
 

@@ -52,8 +52,8 @@ using Threshold = std::optional<double>;
 
 // inputs: logits, aud, mean, foreground
 Adjacency adjacency_job(const Addresses<4>& inputs, int64_t n, int64_t c, double tau, const Weights& weights,
-                        Threshold threshold, uintptr_t row_stats, int64_t stats_columns,
-                        uintptr_t col_entropy, int threads) {
+                        Threshold threshold, uintptr_t row_stats, int64_t stats_columns, uintptr_t col_lse,
+                        int threads) {
     Adjacency job{};
     job.logits = at<const float>(inputs[0]);
     job.aud = at<const float>(inputs[1]);
@@ -68,12 +68,12 @@ Adjacency adjacency_job(const Addresses<4>& inputs, int64_t n, int64_t c, double
     job.row_stats = at<float>(row_stats);
     job.kept = job.row_stats + n * kRowStats;
     job.kept_size = n * (stats_columns - kRowStats);
-    job.col_entropy = at<float>(col_entropy);
+    job.col_lse = at<float>(col_lse);
     job.threads = threads;
     return job;
 }
 
-// outputs: loss, terms, row_stats, col_entropy
+// outputs: loss, terms, row_stats, col_lse
 void adjacency(const Addresses<4>& inputs, int64_t n, int64_t c, double tau, const Weights& weights,
                Threshold threshold, const Addresses<4>& outputs, int64_t stats_columns, int threads) {
     Adjacency job =
@@ -85,11 +85,10 @@ void adjacency(const Addresses<4>& inputs, int64_t n, int64_t c, double tau, con
 
 // grads: of the inputs
 void adjacency_backward(const Addresses<4>& inputs, int64_t n, int64_t c, double tau, const Weights& weights,
-                        Threshold threshold, uintptr_t row_stats, int64_t stats_columns,
-                        uintptr_t col_entropy, uintptr_t grad_loss, uintptr_t grad_terms,
-                        const Addresses<4>& grads, int threads) {
+                        Threshold threshold, uintptr_t row_stats, int64_t stats_columns, uintptr_t col_lse,
+                        uintptr_t grad_loss, uintptr_t grad_terms, const Addresses<4>& grads, int threads) {
     Adjacency job =
-        adjacency_job(inputs, n, c, tau, weights, threshold, row_stats, stats_columns, col_entropy, threads);
+        adjacency_job(inputs, n, c, tau, weights, threshold, row_stats, stats_columns, col_lse, threads);
     job.grad_loss = at<const float>(grad_loss);
     job.grad_terms = at<const float>(grad_terms);
     job.dlogits = at<float>(grads[0]);
@@ -112,7 +111,7 @@ void loss(const Image& img, uintptr_t aud, double tau, double threshold, const W
     float terms[4];
     adjacency({state.logits, aud, state.avg, state.foreground}, map.n, map.c, tau, weights,
               adjacency_threshold,
-              {values[0], reinterpret_cast<uintptr_t>(terms), state.row_stats, state.col_entropy},
+              {values[0], reinterpret_cast<uintptr_t>(terms), state.row_stats, state.col_lse},
               state.stats_columns, threads);
     for (int t = 0; t < 4; ++t) *at<float>(values[t + 1]) = terms[t];
 }
@@ -136,7 +135,7 @@ py::object loss_backward(uintptr_t grad_loss, uintptr_t grad_terms, uintptr_t gr
         const uintptr_t features = sizeof(float) * map.n * map.c;
         grads = {scratch + 3 * features, scratch, scratch + features, scratch + 2 * features};
         adjacency_backward({state.logits, aud, state.avg, state.foreground}, map.n, map.c, tau, weights,
-                           adjacency_threshold, state.row_stats, state.stats_columns, state.col_entropy,
+                           adjacency_threshold, state.row_stats, state.stats_columns, state.col_lse,
                            grad_loss, grad_terms, grads, threads);
         // One that no wanted term reaches is not written.
         if (weights[1] == 0 && weights[2] == 0) grads[1] = 0;

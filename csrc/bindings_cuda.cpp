@@ -80,19 +80,19 @@ AdjacencyInputs inputs(const Three& tensors, const Image& aud, double tau, int p
 
 void adjacency(const Three& tensors, const Image& aud, double tau, int precision,
                const std::array<double, 4>& weights, std::optional<double> threshold, uintptr_t row_stats,
-               uintptr_t col_entropy, uintptr_t loss, uintptr_t terms, const Place& place,
+               uintptr_t col_lse, uintptr_t loss, uintptr_t terms, const Place& place,
                const py::function& allocate) {
     enqueue(Adjacency{inputs(tensors, aud, tau, precision, weights, threshold), at<float>(row_stats),
-                      at<float>(col_entropy), at<float>(loss), at<float>(terms)},
+                      at<float>(col_lse), at<float>(loss), at<float>(terms)},
             place, allocate);
 }
 
 void adjacency_backward(const Three& tensors, const Image& aud, double tau, int precision,
                         const std::array<double, 4>& weights, std::optional<double> threshold,
-                        uintptr_t row_stats, uintptr_t col_entropy, uintptr_t grad_loss, uintptr_t grad_terms,
+                        uintptr_t row_stats, uintptr_t col_lse, uintptr_t grad_loss, uintptr_t grad_terms,
                         const Four& grads, const Place& place, const py::function& allocate) {
     enqueue(AdjacencyBackward{inputs(tensors, aud, tau, precision, weights, threshold),
-                              at<const float>(row_stats), at<const float>(col_entropy),
+                              at<const float>(row_stats), at<const float>(col_lse),
                               at<const float>(grad_loss), at<const float>(grad_terms), at<float>(grads[0]),
                               at<float>(grads[1]), at<float>(grads[2]), at<float>(grads[3])},
             place, allocate);

@@ -15,6 +15,8 @@ from fnac_kernels import _dispatch, _native
 def info() -> dict[str, Any]:
     """Versions, devices, instruction sets, per backend None (usable) or the reason why it is not, the automatic choice,
     and the backend that is ordered instead, if one is."""
+    backends = _dispatch.explain()
+    backends["cpu"] = backends["cpu"] or _native.isa_problem()  # an order, which every call of it will refuse
     return {
         "versions": {
             "fnac_kernels": fnac_kernels.__version__,
@@ -28,7 +30,7 @@ def info() -> dict[str, Any]:
             **_native.cpu_features(),
         },
         "cuda": _native.cuda_features(),
-        "backends": _dispatch.explain(),
+        "backends": backends,
         "ordered": _ordered(),
         "automatic": {device: _dispatch.automatic(device) or _dispatch.REFERENCE for device in _dispatch.DEVICES},
     }

@@ -91,11 +91,19 @@ def cpu_features() -> dict[str, Any]:
     loaded, _ = _load()
     if loaded is None:
         return {"instruction_set": None, "available": [], "left_out": None}
-    try:
-        used = loaded.isa()
-    except RuntimeError as error:
-        used = str(error)
+    used = isa_problem() or loaded.isa()
     return {"instruction_set": used, "available": loaded.isas(), "left_out": loaded.cpu_left_out}
+
+
+def isa_problem() -> str | None:
+    """Why the instruction set that ``FNAC_CPU_ISA`` orders cannot be used, or None."""
+    loaded, _ = _load()
+    try:
+        if loaded is not None:
+            loaded.isa()
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 def empty_cache() -> None:

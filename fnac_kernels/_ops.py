@@ -498,7 +498,7 @@ def _adjacency_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n = logits.shape[0]
     columns = getattr(_primitives(backend), "row_stats_columns", lambda *_: ROW_STATS)(n, weights, adjacency_threshold)
-    return _float(logits), _float(logits, 4), _float(logits, n, columns), _float(logits, n)
+    return _float(logits), _float(logits, 4), _float(logits, n, columns), _float(logits, 2, n)
 
 
 def _adjacency_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -525,7 +525,7 @@ def _adjacency_backward_op(
     img_avg: Tensor,
     foreground: Tensor,
     row_stats: Tensor,
-    col_entropy: Tensor,
+    col_lse: Tensor,
     tau: float,
     weights: Sequence[float],
     adjacency_threshold: float | None,
@@ -537,7 +537,7 @@ def _adjacency_backward_op(
         None if grad_terms is None else grad_terms.contiguous(),
         *(x.float().contiguous() for x in inputs),
         row_stats,
-        col_entropy,
+        col_lse,
         tau,
         tuple(weights),
         adjacency_threshold,
@@ -561,7 +561,7 @@ adjacency_contrastive = _define(
 )
 adjacency_backward = _define(
     "adjacency_backward(Tensor? grad_loss, Tensor? grad_terms, Tensor logits, Tensor aud, Tensor img_avg, "
-    "Tensor foreground, Tensor row_stats, Tensor col_entropy, float tau, float[] weights, float? adjacency_threshold, "
+    "Tensor foreground, Tensor row_stats, Tensor col_lse, float tau, float[] weights, float? adjacency_threshold, "
     "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _adjacency_backward_op,
     _adjacency_backward_fake,
@@ -590,10 +590,10 @@ def _fnac_loss(
     primitives, img, aud = _primitives(backend), _dense(img, backend), aud.contiguous()
     logits, argmax = primitives.max_logits(img, aud, tau)
     maps, mask, img_avg, foreground = primitives.pool_pairs(img, aud, tau, threshold, _needs_pooled(weights))
-    loss, terms, row_stats, col_entropy = primitives.adjacency(
+    loss, terms, row_stats, col_lse = primitives.adjacency(
         logits, aud, img_avg, foreground, tau, tuple(weights), adjacency_threshold
     )
-    return loss, terms, maps, logits, argmax, mask, img_avg, foreground, row_stats, col_entropy
+    return loss, terms, maps, logits, argmax, mask, img_avg, foreground, row_stats, col_lse
 
 
 def _fnac_loss_fake(
@@ -607,10 +607,10 @@ def _fnac_loss_fake(
 ) -> tuple[Tensor, ...]:
     logits, argmax = _max_logits_fake(img, aud, tau, backend)
     maps, mask, avg, foreground = _pool_pairs_fake(img, aud, tau, threshold, _needs_pooled(weights), backend)
-    loss, terms, row_stats, col_entropy = _adjacency_fake(
+    loss, terms, row_stats, col_lse = _adjacency_fake(
         logits, aud, avg, foreground, tau, weights, adjacency_threshold, backend
     )
-    return loss, terms, maps, logits, argmax, mask, avg, foreground, row_stats, col_entropy
+    return loss, terms, maps, logits, argmax, mask, avg, foreground, row_stats, col_lse
 
 
 def _fnac_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -650,7 +650,7 @@ def _fnac_loss_backward_op(
     img_avg: Tensor,
     foreground: Tensor,
     row_stats: Tensor,
-    col_entropy: Tensor,
+    col_lse: Tensor,
     tau: float,
     weights: Sequence[float],
     adjacency_threshold: float | None,
@@ -668,7 +668,7 @@ def _fnac_loss_backward_op(
             img_avg,
             foreground,
             row_stats,
-            col_entropy,
+            col_lse,
             tau,
             tuple(weights),
             adjacency_threshold,
@@ -776,7 +776,7 @@ fnac_loss = _define(
 fnac_loss_backward = _define(
     "fnac_loss_backward(Tensor? grad_loss, Tensor? grad_terms, Tensor? grad_maps, Tensor img, Tensor aud, "
     "Tensor logits, Tensor argmax, Tensor mask, Tensor img_avg, Tensor foreground, Tensor row_stats, "
-    "Tensor col_entropy, float tau, float[] weights, float? adjacency_threshold, bool need_img, bool need_aud, "
+    "Tensor col_lse, float tau, float[] weights, float? adjacency_threshold, bool need_img, bool need_aud, "
     "str backend) -> (Tensor, Tensor)",
     _fnac_loss_backward_op,
     _fnac_loss_backward_fake,

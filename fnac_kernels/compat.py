@@ -20,13 +20,18 @@ from fnac_kernels.functional import fnac_loss, similarity_maps
 class LazySimilarity:
     """Stands in for ``Slogits``: matched pairs come from the maps at hand, anything else builds the whole tensor once.
 
-    It takes indexing, operators, attributes and methods of a tensor, and torch functions.
+    It is read as a tensor is, by indexing, operators, attributes, methods and torch functions (but ``torch.as_tensor``
+    and ``torch.vmap``), and not written to.
     """
 
     def __init__(self, img: Tensor, aud: Tensor, tau: float, maps: Tensor) -> None:
         self._img, self._aud, self._tau, self._maps = img, aud, tau, maps
         self._whole: Tensor | None = None
         self._recorded = torch.is_grad_enabled()
+        self._versions = self._versions_now()
+
+    def _versions_now(self) -> list[int]:
+        return [x._version for x in (self._img, self._aud) if not x.is_inference()]
 
     @property
     def shape(self) -> torch.Size:
@@ -37,9 +42,17 @@ class LazySimilarity:
 
     def tensor(self) -> Tensor:
         """The whole ``(N, M, H, W)`` tensor, built when first asked for: under the autocast of then, with gradients if
-        they were recorded when the loss was computed."""
+        they were recorded when the loss was computed.
+
+        Raises:
+            RuntimeError: the features were changed in place since then.
+        """
         if self._whole is None:
-            with torch.set_grad_enabled(self._recorded):
+            if self._versions_now() != self._versions:
+                raise RuntimeError(
+                    "img or aud was changed in place before Slogits was read; read it first, or clone them"
+                )
+            with torch.inference_mode(False), torch.set_grad_enabled(self._recorded):
                 self._whole = similarity_maps(self._img, self._aud, self._tau)
         return self._whole
 
@@ -75,7 +88,7 @@ def _operator(name: str) -> Callable[..., Any]:
 
 for _names in (
     "add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod pow rpow matmul",
-    "neg abs",
+    "neg pos abs bool",
     "lt le gt ge eq ne",
 ):
     for _name in _names.split():

@@ -131,8 +131,13 @@ def fnac_loss(
     """``loss = weights . (nce, fns_audio, tne, fns_visual)``, with the terms and the matched maps beside it."""
     img, aud = _wide(img), _wide(aud)
     similarity = similarity_maps(img, aud, tau)
-    pairs = torch.arange(len(img), device=img.device)
-    maps = similarity[pairs, pairs]
+    if torch.compiler.is_compiling() and len(img) % 16:
+        # Of maps read out of the similarities torch.compile's programs for the CPU (2.11) write whole vectors past the
+        # last, and corrupt the heap.
+        maps = paired_maps(img, aud, tau)
+    else:
+        pairs = torch.arange(len(img), device=img.device)
+        maps = similarity[pairs, pairs]
     terms = adjacency_contrastive(
         similarity.flatten(2).max(dim=-1).values,
         aud,

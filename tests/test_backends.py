@@ -103,6 +103,23 @@ def test_large_logits_keep_the_digits_of_their_softmaxes(backend):
 
 
 @pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("lowest", [-1e4, -1e8, float("-inf")])
+def test_a_positive_pair_far_below_its_row_and_column(backend, lowest):
+    logits = torch.randn(40, 40, generator=torch.Generator().manual_seed(0)).to(_dispatch.BACKENDS[backend].takes)
+    logits[3, 3] = lowest
+    features = [torch.ones(40, 8, device=logits.device)] * 3
+
+    def gradient(dtype: torch.dtype, backend: str) -> Tensor:
+        x = logits.to(dtype).requires_grad_()
+        others = [f.to(dtype) for f in features]
+        nce = fk.adjacency_contrastive(x, *others, weights=(1, 0, 0, 0), backend=backend).nce
+        return torch.autograd.grad(nce, x)[0].double()
+
+    wanted = gradient(torch.float64, "reference")
+    torch.testing.assert_close(gradient(torch.float32, backend), wanted, rtol=3e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("backend", USABLE)
 @pytest.mark.parametrize("left_out", [float("-inf"), -1e9])
 def test_pairs_that_the_caller_left_out_of_the_logits(backend, left_out):
     """Their softmax is 0 for certain, and the sign of its distance from the other: no rounding decided it."""

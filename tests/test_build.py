@@ -46,6 +46,7 @@ def setup():
         ({"FNAC_CUDA": "off", "TORCH_CUDA_ARCH_LIST": "Hopper"}, "off", ""),
         ({"TORCH_CUDA_ARCH_LIST": "8.6 9.0a  12.0+PTX"}, "auto", "86-real;90a-real;120"),
         ({"TORCH_CUDA_ARCH_LIST": "10.0f;"}, "auto", "100f-real"),
+        ({"TORCH_CUDA_ARCH_LIST": "6.1 7.0 7.5 8.0+PTX"}, "auto", "75-real;80"),
         ({"CMAKE_CUDA_ARCHITECTURES": "90-virtual", "TORCH_CUDA_ARCH_LIST": "8.0"}, "auto", "90-virtual"),
     ],
 )

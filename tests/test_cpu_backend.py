@@ -164,7 +164,7 @@ def test_there_is_room_for_what_the_forward_pass_keeps_up_to_a_batch_where_it_wo
 def test_the_state_of_the_loss_has_room_for_it_too(n, cells, weights):
     backend = _dispatch.BACKENDS["cpu"].load()
     *_, state = backend.loss(torch.zeros(n, 3, 1, cells), torch.zeros(n, 3), 0.1, 0.6, weights, None)
-    pieces = [4 * n * n, 2 * n * n, 4 * n, 4 * 16 * n]  # bytes of logits, argmax, col_entropy, row_stats
+    pieces = [4 * n * n, 2 * n * n, 4 * 2 * n, 4 * 16 * n]  # bytes of logits, argmax, col_lse, row_stats
     if weights[2] or weights[3]:
         pieces += [n * cells, 4 * 3 * n, 4 * 3 * n]  # mask, mean, foreground
     rows_of_a_strip = state[sum(-(-piece // 64) * 16 for piece in pieces)]
@@ -175,6 +175,11 @@ def test_the_state_of_the_loss_has_room_for_it_too(n, cells, weights):
 def test_the_environment_pins_the_instruction_set(isa):
     done = run_pinned(isa, "-c", "import fnac_kernels as fk; print(fk.info()['cpu']['instruction_set'])")
     assert done.stdout.strip() == isa
+
+
+def test_info_says_that_an_unknown_instruction_set_makes_the_backend_useless():
+    done = run_pinned("sse", "-m", "fnac_kernels")
+    assert re.search(r"backend cpu +not usable: FNAC_CPU_ISA is 'sse'; this machine and build run", done.stdout)
 
 
 def test_an_unknown_instruction_set_is_an_error_that_names_those_there_are():

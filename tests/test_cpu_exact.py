@@ -185,6 +185,18 @@ def test_values_that_are_not_finite(value, where, dtype):
     torch.testing.assert_close(got, fk.max_logits(img, aud, backend="reference"), equal_nan=True)
 
 
+@pytest.mark.parametrize("cells", [1, 49])
+def test_of_images_left_to_the_float32_kernel_the_others_are_not_touched(cells):
+    img, aud = torch.randn(40, 32, 1, cells), torch.randn(70, 32)
+    img[::3] = float("nan")
+    wanted = fk.max_logits(img, aud, backend="reference")
+    for dtype in (torch.float32, torch.bfloat16):
+        got = fk.max_logits(img.to(dtype), aud.to(dtype), backend="cpu")
+        torch.testing.assert_close(
+            got.float(), wanted, equal_nan=True, rtol=0.02, atol=0.02 * float(wanted.nan_to_num().abs().max())
+        )
+
+
 @pytest.fixture
 def _medium():
     before = torch.get_float32_matmul_precision()

@@ -129,7 +129,7 @@ def test_any_other_use_answers_right(both):
     torch.testing.assert_close(lazy.flatten(-2, -1).max(dim=-1)[0], whole.flatten(-2, -1).max(dim=-1)[0])
     torch.testing.assert_close(F.relu(lazy), F.relu(whole), rtol=1e-5, atol=1e-5)
     for operation in (
-        *(lambda x: 2 * x, lambda x: 1 - x / 2, lambda x: -x, lambda x: x**2),
+        *(lambda x: 2 * x, lambda x: 1 - x / 2, lambda x: -x, lambda x: +(x**2)),
         *(lambda x: 2**x, lambda x: abs(x) @ x.mT),
     ):
         torch.testing.assert_close(operation(lazy), operation(whole), rtol=1e-4, atol=1e-4)
@@ -139,6 +139,8 @@ def test_any_other_use_answers_right(both):
         assert torch.equal(operation(lazy, 2), operation(lazy.tensor(), 2))
         assert torch.equal(operation(2.0, lazy), operation(2.0, lazy.tensor()))
     assert hash(lazy) == hash(lazy)
+    with pytest.raises(RuntimeError, match="Boolean value of Tensor"):
+        bool(lazy)
 
 
 def test_the_whole_is_recorded_as_the_call_was(both):
@@ -150,6 +152,24 @@ def test_the_whole_is_recorded_as_the_call_was(both):
     assert not unrecorded[0].requires_grad
     with torch.no_grad():
         assert recorded.tensor().requires_grad
+    again = patched.calculate_loss(img, aud)[1]
+    with torch.inference_mode():
+        assert again[0].shape == (8, 5, 4)
+    again[0].sum().backward()
+    assert img.grad is not None
+
+
+def test_features_that_were_overwritten_are_not_read(both):
+    _, patched, img, aud = both
+    for changed in (img, aud):
+        early, late = patched.calculate_loss(img, aud)[1], patched.calculate_loss(img, aud)[1]
+        wanted = early[0].clone()
+        changed.mul_(2)
+        assert torch.equal(early[0], wanted)
+        with pytest.raises(RuntimeError, match="img or aud was changed in place before Slogits was read"):
+            late[0]
+    with torch.inference_mode():
+        assert patched.calculate_loss(img * 1, aud)[1][0].shape == (8, 5, 4)
 
 
 def test_a_default_device_elsewhere_changes_nothing(both):

@@ -5,6 +5,9 @@ Every test runs on each backend that is usable here.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import ClassVar
 
 import pytest
@@ -94,6 +97,24 @@ def test_compiled_by_inductor_with_code_around_it():
         torch.autograd.grad(compiled(img, aud), (img, aud)), torch.autograd.grad(run(img, aud), (img, aud)), strict=True
     ):
         torch.testing.assert_close(got, wanted)
+
+
+HEAP = """
+import torch, fnac_kernels as fk
+for dtype, n in ((torch.float32, 6), (torch.float64, 5)):
+    img, aud = torch.randn(n, 16, 3, 5, dtype=dtype), torch.randn(n, 16, dtype=dtype)
+    run = lambda i, a: fk.fnac_loss(i, a, backend="reference").loss
+    compiled = torch.compile(run, fullgraph=True)
+    for _ in range(10):
+        loss = compiled(img, aud)
+    torch.testing.assert_close(loss, run(img, aud))
+"""
+
+
+def test_the_reference_compiled_by_inductor_leaves_the_heap_whole():
+    environment = os.environ | {"MALLOC_CHECK_": "3", "MALLOC_PERTURB_": "85"}
+    done = subprocess.run([sys.executable, "-c", HEAP], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("dynamic", [None, True])

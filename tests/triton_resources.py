@@ -151,24 +151,20 @@ def of_pairs(capability: int, dtype: str) -> Iterator[Variant]:
     """The kernels of the contrastive and adjacency terms, of which none depends on the map."""
     table, wide = TABLE[capability], dtype == "fp32"
     forward, backward, rows = _module("adjacency"), _module("adjacency_backward"), tuning.adjacency_rows()
-    suffix = "_float32" if wide else ""
+    suffix, product = "_float32" if wide else "", {"PRECISION": "tf32x3" if wide else "tf32"}
     for size in ("", "_small"):
         tile = table[f"adjacency{size}"]
         pair, feature = (table[f"adjacency_{name}{size}{suffix}"] for name in ("weights", "features"))
         # Rows of N values are read 16 bytes at a time where N allows it.
         for ragged, aligned in ((" ragged", ()), ("", ("N",))):
-            # Forward products are of means, float32 whatever the features are, which decide what "medium" says.
-            for how, precision in _precisions("fp32")[: 2 if wide else 1]:
-                where, distances = f"{size}{ragged}{how}", DISTANCES | precision
-                yield Variant(f"statistics{where}", forward.statistics_kernel, tile, TERMS | precision, aligned)
-                yield Variant(f"distances{where}", forward.distances_kernel, tile, distances, aligned)
-            for how, precision in _precisions(dtype):
-                constants = TERMS | GRADIENTS | {"PARTS": 1 if wide else 2} | precision
-                yield Variant(f"weights{size}{ragged}{how}", backward.weights_kernel, pair, constants, aligned)
-        for how, precision in _precisions(dtype):
-            parts = {"PARTS": 1 if wide else 2, "AUD_PARTS": 2 if dtype == "fp16" else 1}
-            constants = DISTANCES | parts | precision
-            yield Variant(f"features{size}{how}", backward.features_kernel, feature, constants)
+            # Forward products are of means, float32 whatever the features are.
+            where, exact = f"{size}{ragged}", {"PRECISION": "tf32x3"}
+            yield Variant(f"statistics{where}", forward.statistics_kernel, tile, TERMS | exact, aligned)
+            yield Variant(f"distances{where}", forward.distances_kernel, tile, DISTANCES | exact, aligned)
+            weights = TERMS | GRADIENTS | {"PARTS": 1 if wide else 2} | product
+            yield Variant(f"weights{where}", backward.weights_kernel, pair, weights, aligned)
+        parts = {"PARTS": 1 if wide else 2, "AUD_PARTS": 2 if dtype == "fp16" else 1}
+        yield Variant(f"features{size}", backward.features_kernel, feature, DISTANCES | parts | product)
     if not wide:
         yield Variant("parts", _module("parts").parts_kernel, tuning.elements(), {})
         return

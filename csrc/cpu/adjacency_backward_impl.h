@@ -18,9 +18,9 @@ struct TermGrads {
     }
 };
 
-enum ColumnStat { kDiagonal = kRowStats, kColEntropy, kColumnStats };
+enum ColumnStat { kLseColumn = kRowStats, kColumnStats = kLseColumn + 2 };
 
-// row_stats, the logits' diagonal and col_entropy by statistic, padded by zeros: for lanes that are columns.
+// row_stats and col_lse by statistic, padded by zeros: for lanes that are columns.
 class ColumnStats {
   public:
     ColumnStats(const Adjacency& job, int64_t size)
@@ -29,8 +29,8 @@ class ColumnStats {
         for (int64_t m = 0; m < size; ++m) {
             for (int64_t s = 0; s < kRowStats; ++s)
                 to[s * size + m] = m < job.n ? job.row_stats[m * kRowStats + s] : 0.f;
-            to[kDiagonal * size + m] = m < job.n ? job.logits[m * job.n + m] : 0.f;
-            to[kColEntropy * size + m] = m < job.n ? job.col_entropy[m] : 0.f;
+            for (int64_t s = 0; s < 2; ++s)
+                to[(kLseColumn + s) * size + m] = m < job.n ? job.col_lse[s * job.n + m] : 0.f;
         }
     }
     const float* operator[](int64_t stat) const { return memory_.as<float>() + stat * size_; }
@@ -107,11 +107,11 @@ class AdjacencyGradient {
                 // Each element of L is in one row's softmax, pl where no pair is masked, and in one column's.
                 const bool again = needs_.mask || !with_l;
                 const F kept = again ? p(x.l, kLseKept) : pl, kept_t = again ? pt(x.lt, kLseKept) : plt;
-                const F by_column = softmax<V>(x.l + m, column(kDiagonal), column(kColEntropy));
+                const F by_column = softmax<V>(x.l + m, column(kLseColumn), column(kLseColumn + 1));
                 dl = V::fma(g0, unmasked(V::add(kept, by_column), x, n, m0, m), dl);
                 if constexpr (kBoth) {
-                    const F diagonal = V::set(job_.logits[n * job_.n + n]);
-                    const F by_column_t = softmax<V>(x.lt + m, diagonal, V::set(job_.col_entropy[n]));
+                    const float *high = job_.col_lse + n, *log = high + job_.n;
+                    const F by_column_t = softmax<V>(x.lt + m, V::set(*high), V::set(*log));
                     dlt = V::fma(g0, unmasked(V::add(kept_t, by_column_t), x, n, m0, m), dlt);
                 }
             }

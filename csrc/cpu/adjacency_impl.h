@@ -8,8 +8,8 @@
 // Columns of row_stats: the log-sum-exps of A, F, I, L, of L without the masked pairs, each as a pair
 // (maximum, log of the sum) because their sum in float32 would cost the softmax two digits; then the row sums
 // of s1 P_A, s2 P_A, s2 P_F, s3 P_I, s1 P_L, s3 P_L with s1 = sign(P_A - P_L), s2 = sign(P_A - P_F),
-// s3 = sign(P_I - P_L). col_entropy is the log-sum-exp of a column of L less the diagonal's element, for the
-// same reason: with that element it makes the softmax of columns.
+// s3 = sign(P_I - P_L). col_lse are the log-sum-exps of the columns of L without the masked pairs: n maxima,
+// then n logs.
 #pragma once
 
 namespace fnac {
@@ -161,7 +161,7 @@ void adjacency_row(const Adjacency& job, const Needs& needs, const Row& x, int64
     if (needs.s1 || needs.s2) log_sum_exp<V>(x.a, size).write(stats + kLseA);
     if (needs.s2) log_sum_exp<V>(x.f, size).write(stats + kLseF);
     if (needs.s3) log_sum_exp<V>(x.i, size).write(stats + kLseI);
-    job.col_entropy[n] = 0.f;
+    job.col_lse[n] = job.col_lse[job.n + n] = 0.f;
     if (needs.nce) {
         const auto lse = [&](const float* logits) {
             for (int64_t m = 0; m < size; ++m) kept[m] = masked(job, x.a[m], n, m) ? kNegInf : logits[m];
@@ -172,7 +172,7 @@ void adjacency_row(const Adjacency& job, const Needs& needs, const Row& x, int64
         row.write(stats + kLseKept);
         const auto entropy = [&](LogSumExp sum) { return static_cast<double>(sum.high - x.l[n]) + sum.log; };
         terms[0] = entropy(row) + entropy(column);
-        job.col_entropy[n] = static_cast<float>(entropy(column));
+        job.col_lse[n] = column.high, job.col_lse[job.n + n] = column.log;
     }
     AbsSign<V> s1, s2, s3;
     const auto p = [&](const float* logits, Stat lse) {

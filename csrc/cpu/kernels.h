@@ -17,6 +17,7 @@ struct MaxLogits {
     uint16_t* argmax;    // (n, m)
     bool bf16_products;  // bfloat16 products suffice, where they are faster
     int threads;
+    const uint8_t* only = nullptr;  // (n): the images to compute, where not all; for the float32 kernel
 };
 
 // maps[n, p] = <img[n, :, p], aud[n]> * scale, or given (aud == nullptr); then, where mask is not null,
@@ -68,7 +69,7 @@ struct Adjacency {
     float* row_stats;  // (n, kRowStats)
     float* kept;       // room of kept_size floats for what else the backward reads
     int64_t kept_size;
-    float* col_entropy;       // (n)
+    float* col_lse;           // (2, n)
     float* loss;              // (): the weighted sum of the terms. Forward only.
     float* terms;             // (4). Forward only.
     const float* grad_loss;   // (), may be null. Backward only, as is what follows.

@@ -17,7 +17,7 @@ struct LossState {
     uintptr_t mask;         // uint8_t (n, p); 0 without `pooled`, as are the two that follow
     uintptr_t avg;          // float (n, c)
     uintptr_t foreground;   // float (n, c)
-    uintptr_t col_entropy;  // float (n)
+    uintptr_t col_lse;      // float (2, n)
     uintptr_t row_stats;    // float (n, stats_columns): the rest of the block
     int64_t stats_columns;  // kRowStats, and what is kept
 
@@ -36,7 +36,7 @@ struct LossState {
         mask = take((cells + 3) / 4);
         avg = take(features);
         foreground = take(features);
-        col_entropy = take(img.n);
+        col_lse = take(2 * img.n);
         row_stats = block + sizeof(float) * used;
         stats_columns = (size - used) / img.n;
         if (size < used + img.n * kRowStats)

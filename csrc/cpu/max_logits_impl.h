@@ -10,7 +10,7 @@ template <class V>
 void max_logits(const MaxLogits& job) {
     constexpr int64_t width = 2 * V::kLanes;
     const FeatureMap& img = job.img;
-    if (img.p == 1) return max_logits_one_cell<V>(job);
+    if (img.p == 1 && job.only == nullptr) return max_logits_one_cell<V>(job);
     const int64_t panels = ceil_div(job.m, width), panel_size = img.c * width;
     const Scratch packed(panel_bytes<V>(job.m, img.c));
     pack_panels<V>(job.aud, img.c, 1, job.m, img.c, job.threads, packed.as<float>());
@@ -25,6 +25,7 @@ void max_logits(const MaxLogits& job) {
 
     parallel_for(job.threads, blocks * img.n, [&](int64_t task, int worker) {
         const int64_t n = task % img.n, first = task / img.n * block;
+        if (job.only != nullptr && !job.only[n]) return;
         const int64_t count = smaller(block, panels - first);
         float* piece = scratch.as<float>() + worker * worker_size;
         float* best = piece + piece_size;

@@ -455,21 +455,6 @@ void scale_rows(const MaxLogits& job) {
     });
 }
 
-// Runs of images that are left to the float32 kernel.
-void do_dense(const MaxLogits& job, const uint8_t* dense, void (*exact)(const MaxLogits&)) {
-    for (int64_t n = 0, end; n < job.img.n; n = end) {
-        for (end = n; end < job.img.n && dense[end] == dense[n];) ++end;
-        if (!dense[n]) continue;
-        MaxLogits part = job;
-        const int64_t size = job.img.dtype == Dtype::kFloat32 ? 4 : 2;
-        part.img.data = static_cast<const std::byte*>(job.img.data) + n * job.img.image_size() * size;
-        part.img.n = end - n;
-        part.logits += n * job.m;
-        part.argmax += n * job.m;
-        exact(part);
-    }
-}
-
 // `exact` is the float32 kernel.
 template <class V, class Products>
 void max_logits_screened(const MaxLogits& job, void (*exact)(const MaxLogits&)) {
@@ -501,7 +486,10 @@ void max_logits_screened(const MaxLogits& job, void (*exact)(const MaxLogits&)) 
         }
     });
     scale_rows<V>(job);
-    do_dense(job, dense.as<uint8_t>(), exact);
+    if (std::memchr(dense.as<void>(), 1, img.n) == nullptr) return;
+    MaxLogits left = job;
+    left.only = dense.as<uint8_t>();
+    exact(left);
 }
 
 // The kernels of `plain` with these products for the max-pooled logits.

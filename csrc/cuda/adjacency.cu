@@ -21,7 +21,7 @@ struct RowsArguments {
     Needs needs;
     float scaled_threshold;
     float* row_stats;
-    float* col_entropy;
+    float* col_lse;
     float* row_terms;  // (n, kTerms): the row's shares of the four terms, and column n's of the first
     int column_blocks;
 };
@@ -177,7 +177,8 @@ FNAC_DEVICE void columns_of_panel(const RowsArguments& job) {
     block_barrier();
     if (thread >= kColumns || !there) return;
     const LogSumExp lse = Running::merge(parts + thread * 2, kWarps, kColumns * 2);
-    job.row_terms[n * kTerms + 4] = job.col_entropy[n] = (lse.high - job.logits[n * size + n]) + lse.log;
+    job.col_lse[n] = lse.high, job.col_lse[size + n] = lse.log;
+    job.row_terms[n * kTerms + 4] = (lse.high - job.logits[n * size + n]) + lse.log;
 }
 
 constexpr int kLses = 5, kDistanceSums = 9;
@@ -318,7 +319,6 @@ int64_t workspace_bytes(const Adjacency& job, int) {
 }
 
 void run(const Adjacency& job, const Launch& where) {
-    const DeviceGuard guard(where);
     const AdjacencyInputs& inputs = job.inputs;
     const int64_t n = inputs.n;
     float* row_terms = static_cast<float*>(where.workspace);
@@ -328,7 +328,7 @@ void run(const Adjacency& job, const Launch& where) {
         launch(rows_kernel, {"rows_kernel", panel.rows, n, inputs.c, 1},
                {column_blocks + ceil_div(panel.rows, kRows)}, kThreads, kSharedFloats * sizeof(float), where,
                RowsArguments{inputs.logits, panel, n, needs, inputs.threshold * inputs.scale, job.row_stats,
-                             job.col_entropy, row_terms, static_cast<int>(column_blocks)});
+                             job.col_lse, row_terms, static_cast<int>(column_blocks)});
     });
     const double* w = inputs.weights;
     launch(means_kernel, {"means_kernel", n, n, inputs.c, 1}, {1}, kMeansThreads,

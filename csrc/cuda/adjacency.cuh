@@ -11,8 +11,8 @@ namespace fnac::cuda {
 // Columns of row_stats: the log-sum-exps of A, F, I, L, and of L without the masked pairs, each as (maximum,
 // log of the sum) because their sum in float32 would cost the softmax two digits; then the row sums of
 // s1 P_A, s2 P_A, s2 P_F, s3 P_I, s1 P_L, s3 P_L with s1 = sign(P_A - P_L), s2 = sign(P_A - P_F),
-// s3 = sign(P_I - P_L). col_entropy is the log-sum-exp of a column of L less the diagonal's element, for the
-// same reason: with that element it makes the softmax of columns.
+// s3 = sign(P_I - P_L). col_lse are the log-sum-exps of the columns of L without the masked pairs: n maxima,
+// then n logs.
 enum Stat : int {
     kLseA = 0,
     kLseF = 2,

@@ -22,7 +22,7 @@ struct GradientArguments {
     float scaled_threshold;
     double weights[4];
     const float* row_stats;
-    const float* col_entropy;
+    const float* col_lse;
     const float* grad_loss;
     const float* grad_terms;
     float* dlogits;
@@ -109,7 +109,7 @@ gradient_kernel(const GradientArguments job) {
         }
     }
     const bool nce = needs.nce && m < size;
-    const float diagonal = nce ? job.logits[m * size + m] : 0.f, col_entropy = nce ? job.col_entropy[m] : 0.f;
+    const float col_high = nce ? job.col_lse[m] : 0.f, col_log = nce ? job.col_lse[size + m] : 0.f;
     const float g0 = term_gradient(job, 0) / static_cast<float>(size);
     const float g1 = term_gradient(job, 1), g2 = term_gradient(job, 2), g3 = term_gradient(job, 3);
     const float share = 1.f / static_cast<float>(size) / static_cast<float>(size);
@@ -149,7 +149,7 @@ gradient_kernel(const GradientArguments job) {
         if (needs.nce) {
             // Where no pair leaves, the row's softmax is there already.
             const bool there = !needs.masked && (needs.s1 || needs.s3);
-            float both = (there ? pl : row.softmax(l[k], kLseKept)) + expf((l[k] - diagonal) - col_entropy);
+            float both = (there ? pl : row.softmax(l[k], kLseKept)) + expf(l[k] - col_high - col_log);
             if (needs.masked && leaves(a[k], job.scaled_threshold, n, m)) both = 0.f;
             dl += g0 * (n == m ? both - 2.f : both);
         }
@@ -169,7 +169,6 @@ int64_t workspace_bytes(const AdjacencyBackward& job, int) {
 }
 
 void run(const AdjacencyBackward& job, const Launch& where) {
-    const DeviceGuard guard(where);
     const AdjacencyInputs& inputs = job.inputs;
     const Needs needs(inputs);
     const int64_t n = inputs.n, column_blocks = ceil_div(n, kTile);
@@ -187,7 +186,7 @@ void run(const AdjacencyBackward& job, const Launch& where) {
                                           inputs.threshold * inputs.scale,
                                           {w[0], w[1], w[2], w[3]},
                                           job.row_stats,
-                                          job.col_entropy,
+                                          job.col_lse,
                                           job.grad_loss,
                                           job.grad_terms,
                                           job.dlogits,

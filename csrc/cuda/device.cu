@@ -29,10 +29,13 @@ std::string version(int number) {
 }
 
 // Machine code runs on chips of its own generation that are not older; PTX on every chip that is not older.
+// Of either, what ends in "a" is for one chip, in "f" for its generation.
 bool serves(const std::string& architecture, int major, int minor) {
     const size_t digits = architecture.find('_') + 1;
     const int number = std::stoi(architecture.substr(digits)), device = 10 * major + minor;
-    return number <= device && (architecture.starts_with("compute") || number / 10 == major);
+    if (architecture.ends_with('a')) return number == device;
+    const bool any_later = architecture.starts_with("compute") && !architecture.ends_with('f');
+    return number <= device && (any_later || number / 10 == major);
 }
 
 }  // namespace

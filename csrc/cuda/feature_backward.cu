@@ -11,7 +11,6 @@ int64_t workspace_bytes(const FeatureBackward& job, int device) {
 }
 
 void run(const FeatureBackward& job, const Launch& where) {
-    const DeviceGuard guard(where);
     if (job.daud != nullptr) audio_gradient(job, where);
     if (job.dimg != nullptr) image_gradient(job, where);
 }

@@ -85,16 +85,16 @@ struct AdjacencyInputs {
 
 struct Adjacency {
     AdjacencyInputs inputs;
-    float* row_stats;    // (n, kRowStats)
-    float* col_entropy;  // (n)
-    float* loss;         // ()
-    float* terms;        // (4)
+    float* row_stats;  // (n, kRowStats)
+    float* col_lse;    // (2, n)
+    float* loss;       // ()
+    float* terms;      // (4)
 };
 
 struct AdjacencyBackward {
     AdjacencyInputs inputs;
     const float* row_stats;
-    const float* col_entropy;
+    const float* col_lse;
     const float* grad_loss;   // (), may be null
     const float* grad_terms;  // (4), may be null
     float* dlogits;           // (n, n)

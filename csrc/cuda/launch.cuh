@@ -1,5 +1,5 @@
-// What every launch goes through: the caller's device made current, limits checked, errors turned into
-// exceptions. In the emulation a launch is a loop over the grid.
+// What every launch goes through, on the current device: limits checked, errors turned into exceptions. In
+// the emulation a launch is a loop over the grid.
 #pragma once
 
 #include <cstdint>
@@ -48,10 +48,6 @@ void with_dtype(Dtype dtype, Body&& body) {
 
 #ifdef FNAC_CUDA_EMULATION
 
-struct DeviceGuard {
-    explicit DeviceGuard(const Launch&) {}
-};
-
 inline int most_shared(int) { return std::numeric_limits<int>::max(); }  // a launch beyond it is refused
 
 template <class Arguments>
@@ -63,44 +59,25 @@ void launch(void (*kernel)(Arguments), const Shape& shape, const Grid& grid, int
 
 #else
 
-inline void check(cudaError_t status, const Shape& shape) {
+inline void check(cudaError_t status, const Shape& shape, int device) {
     if (status == cudaSuccess) return;
     cudaGetLastError();  // or the next call would report it again
+    if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction)
+        if (const std::string why = problem(device); !why.empty()) throw std::runtime_error(why);
     throw std::runtime_error("CUDA kernel " + shape.describe() + ": " + cudaGetErrorName(status) + ", " +
                              cudaGetErrorString(status));
 }
-
-// Makes a device current for as long as it lives.
-class DeviceGuard {
-  public:
-    explicit DeviceGuard(const Launch& launch) {
-        const Shape shape{"launch", 0, 0, 0, 0};
-        check(cudaGetDevice(&previous_), shape);
-        switched_ = previous_ != launch.device;
-        if (switched_) check(cudaSetDevice(launch.device), shape);
-    }
-    ~DeviceGuard() {
-        if (switched_) cudaSetDevice(previous_);
-    }
-    DeviceGuard(const DeviceGuard&) = delete;
-    DeviceGuard& operator=(const DeviceGuard&) = delete;
-
-  private:
-    int previous_ = 0;
-    bool switched_ = false;
-};
 
 // Bytes of shared memory that a block may have.
 inline int most_shared(int device) {
     int most = 0;
     check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-          {"launch", 0, 0, 0, 0});
+          {"launch", 0, 0, 0, 0}, device);
     return most;
 }
 
 // A launch beyond the device's limits is refused with both numbers, not with "invalid argument".
-inline void check_limits(const Shape& shape, const Grid& grid, int64_t shared, int device) {
-    const int most = most_shared(device);
+inline void check_limits(const Shape& shape, const Grid& grid, int64_t shared, int64_t most) {
     if (shared > most)
         throw std::runtime_error("CUDA kernel " + shape.describe() + " needs " + std::to_string(shared) +
                                  " bytes of shared memory a block, the device has " + std::to_string(most));
@@ -114,18 +91,19 @@ template <class Arguments>
 void launch(void (*kernel)(Arguments), const Shape& shape, const Grid& grid, int threads, int64_t shared,
             const Launch& where, const Arguments& arguments) {
     constexpr int64_t kWithoutOptIn = 48 * 1024;
-    check_limits(shape, grid, shared, where.device);
+    const int most = most_shared(where.device);
+    check_limits(shape, grid, shared, most);
+    // As much for every launch: the kernel, not the launch, has this limit, and another thread may need more.
     if (shared > kWithoutOptIn)
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(shared)),
-              shape);
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), shape,
+              where.device);
     const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
                       static_cast<unsigned>(grid.z));
     void* pointers[] = {const_cast<Arguments*>(&arguments)};
     check(
         cudaLaunchKernel(reinterpret_cast<const void*>(kernel), blocks, dim3(static_cast<unsigned>(threads)),
                          pointers, static_cast<size_t>(shared), static_cast<cudaStream_t>(where.stream)),
-        shape);
+        shape, where.device);
 }
 
 #endif

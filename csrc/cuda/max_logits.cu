@@ -242,7 +242,6 @@ int64_t workspace_bytes(const MaxLogits& job, int device) {
 }
 
 void run(const MaxLogits& job, const Launch& where) {
-    const DeviceGuard guard(where);
     if (max_logits_hopper_serves(job, where.device)) return max_logits_hopper(job, where);
     const FeatureMap& img = job.img;
     const int64_t tiles = ceil_div(img.p, kTile), row_bytes = img.c * (img.dtype == Dtype::kFloat32 ? 4 : 2);

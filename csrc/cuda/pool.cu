@@ -190,7 +190,6 @@ void sum_cells(const CellSums& job, const Launch& where) {
 int64_t workspace_bytes(const Pool&, int) { return 0; }
 
 void run(const Pool& job, const Launch& where) {
-    const DeviceGuard guard(where);
     const FeatureMap& img = job.img;
     if (job.aud != nullptr) {
         const int64_t blocks = ceil_div(img.p, kWarpSize);

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from fnac_kernels import _native
+from fnac_kernels._precision import bfloat16_allowed
 
 _kernels = _native.module()  # this is imported where it is usable alone
 _ROW_STATS = 16
@@ -59,7 +60,7 @@ def _narrow(gradient: Tensor, x: Tensor) -> Tensor:
 
 def _bfloat16_products(img: Tensor, aud: Tensor) -> bool:
     if img.dtype == aud.dtype == torch.float32:
-        return torch.get_float32_matmul_precision() == "medium"
+        return bfloat16_allowed("cpu")
     return torch.bfloat16 in (img.dtype, aud.dtype)
 
 
@@ -147,7 +148,7 @@ def adjacency(
         aud.new_empty((), dtype=torch.float32),
         _floats(aud, 4),
         _floats(aud, n, columns),
-        _floats(aud, n),
+        _floats(aud, 2, n),
     )
     _kernels.adjacency(
         _native.addresses(logits, wide, img_avg, foreground),
@@ -171,7 +172,7 @@ def adjacency_backward(
     img_avg: Tensor,
     foreground: Tensor,
     row_stats: Tensor,
-    col_entropy: Tensor,
+    col_lse: Tensor,
     tau: float,
     weights: tuple[float, ...],
     adjacency_threshold: float | None,
@@ -190,7 +191,7 @@ def adjacency_backward(
         adjacency_threshold,
         row_stats.data_ptr(),
         row_stats.shape[1],
-        *_native.addresses(col_entropy, grad_loss, grad_terms),
+        *_native.addresses(col_lse, grad_loss, grad_terms),
         _native.addresses(*grads),
         torch.get_num_threads(),
     )
@@ -201,7 +202,7 @@ def _state_floats(n: int, c: int, cells: int, weights: Sequence[float], adjacenc
     """Room for what the kernels' ``LossState`` holds, with 7 pieces to be rounded up to 16 floats."""
     pooled = weights[2] or weights[3]
     pools = (2 * n * c + n * cells // 4) if pooled else 0
-    return 3 * n * n // 2 + pools + n * (1 + row_stats_columns(n, weights, adjacency_threshold)) + 7 * 16
+    return 3 * n * n // 2 + pools + n * (2 + row_stats_columns(n, weights, adjacency_threshold)) + 7 * 16
 
 
 def loss(

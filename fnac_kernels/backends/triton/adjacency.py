@@ -7,7 +7,6 @@ columns ("slot") and is added in that order, by one program.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -39,7 +38,7 @@ from fnac_kernels.backends.triton.adjacency_tiles import (
     sign_of_difference,
     softmax,
 )  # fmt: skip
-from fnac_kernels.backends.triton.launch import Constant, on, precision, run
+from fnac_kernels.backends.triton.launch import Constant, on, run
 
 #: Planes of the first kernel's partials: (maximum, sum of exp) of A, F, I, L, kept L at LSE_A .., then of L's columns.
 LSE_COLUMN = Constant(10)
@@ -133,7 +132,7 @@ def collected_lse(partials, slots, row, N, COLUMN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "slots"])
 def collect_kernel(
-    partials, logits, stats, col_entropy, entropies, N, slots,
+    partials, logits, stats, col_lse, entropies, N, slots,
     NCE: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr, MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -162,9 +161,9 @@ def collect_kernel(
         tl.store(row + (LSE_KEPT + 1) * N, log, mask=n < N)
         column_high, column_log = collected_lse(partials, slots, n, N, LSE_COLUMN)
         positive = tl.load(logits + n.to(tl.int64) * N + n, mask=n < N, other=0.0)
-        column_entropy = (column_high - positive) + column_log
-        tl.store(col_entropy + n, column_entropy, mask=n < N)
-        tl.store(entropies + n, (high - positive) + log + column_entropy, mask=n < N)
+        tl.store(col_lse + n, column_high, mask=n < N)
+        tl.store(col_lse + N + n, column_log, mask=n < N)
+        tl.store(entropies + n, (high - positive) + log + ((column_high - positive) + column_log), mask=n < N)
 
 
 @triton.jit
@@ -279,7 +278,7 @@ def adjacency(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, c = aud.shape
     loss, terms = floats(logits), floats(logits, 4)
-    stats, col_entropy, entropies = floats(logits, n, ROW_STATS), floats(logits, n), floats(logits, n)
+    stats, col_lse, entropies = floats(logits, n, ROW_STATS), floats(logits, 2, n), floats(logits, n)
     wanted = flags(weights, adjacency_threshold)
     distances = {name: wanted[name] for name in ("S1", "S2", "S3")}
     rows = tuning.adjacency_rows()
@@ -289,10 +288,7 @@ def adjacency(
     def launch(blocks: tuning.Blocks) -> None:
         slots = triton.cdiv(n, blocks.sizes["BLOCK"])
         tiles = slots * (slots + 1) // 2
-        # The backward multiplies the means of 16-bit features in parts, whatever float32 may be multiplied as: with one
-        # TensorFloat-32 product here its signs would be others.
-        exact = "tf32x3" if aud.dtype != torch.float32 else precision(torch.float32)
-        tile = {"PRECISION": exact, **blocks.options}
+        tile = {"PRECISION": "tf32x3", **blocks.options}
         partials = floats(logits, slots, LSE_PLANES.value, n)
         tile_terms = floats(logits, tiles, 3)
         run(
@@ -300,7 +296,7 @@ def adjacency(
             **wanted, **tile,
         )  # fmt: skip
         run(
-            collect_kernel, (row_blocks,), partials, logits, stats, col_entropy, entropies, n, slots,
+            collect_kernel, (row_blocks,), partials, logits, stats, col_lse, entropies, n, slots,
             **wanted, **rows.options,
         )  # fmt: skip
         if any(distances.values()):
@@ -316,4 +312,4 @@ def adjacency(
 
     with on(logits):
         launch(sweep.chosen("adjacency", sweep.pair_class(aud), tuning.adjacency(aud), launch))
-    return loss, terms, stats, col_entropy
+    return loss, terms, stats, col_lse

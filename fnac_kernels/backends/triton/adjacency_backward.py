@@ -39,7 +39,7 @@ from fnac_kernels.backends.triton.adjacency_tiles import (
     tile_at,
     within,
 )  # fmt: skip
-from fnac_kernels.backends.triton.launch import on, precision, run
+from fnac_kernels.backends.triton.launch import on, run
 from fnac_kernels.backends.triton.parts import parts
 from fnac_kernels.backends.triton.products import add_product, halves
 
@@ -87,7 +87,7 @@ def put_weights(
 
 @triton.jit(do_not_specialize=["row0", "rows"])
 def weights_kernel(
-    grad_loss, grad_terms, w0, w1, w2, w3, logits, aud, avg, fore, stats, col_entropy, dlogits, pair_weights,
+    grad_loss, grad_terms, w0, w1, w2, w3, logits, aud, avg, fore, stats, col_lse, dlogits, pair_weights,
     row0, rows, N, width, C, scale, threshold,
     LOSS: tl.constexpr, TERMS: tl.constexpr,
     NCE: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr, MASKED: tl.constexpr,
@@ -114,9 +114,9 @@ def weights_kernel(
             _, total = difference_gradients(a, logit, stats, n0, N, g1, LSE_A, LSE_L, S1A, S1L, EXACT, 1)
         if NCE:
             g0 = term_gradient(grad_loss, grad_terms, w0, 0, LOSS, TERMS) / N
-            positive = tl.load(logits + m.to(tl.int64) * N + m, mask=m < N, other=0.0)
-            entropy = tl.load(col_entropy + m, mask=m < N, other=0.0)
-            by_column = tl.exp((logit - positive[None, :]) - entropy[None, :])
+            high = tl.load(col_lse + m, mask=m < N, other=0.0)
+            log = tl.load(col_lse + N + m, mask=m < N, other=0.0)
+            by_column = tl.exp((logit - high[None, :]) - log[None, :])
             both = softmax(logit, stats, n0, N, LSE_KEPT, 1) + by_column
             if MASKED:
                 both = tl.where(leaves_denominators(a, n, m, threshold), 0.0, both)
@@ -233,7 +233,7 @@ def adjacency_backward(
     img_avg: Tensor,
     foreground: Tensor,
     row_stats: Tensor,
-    col_entropy: Tensor,
+    col_lse: Tensor,
     tau: float,
     weights: tuple[float, ...],
     adjacency_threshold: float | None,
@@ -253,7 +253,7 @@ def adjacency_backward(
     any_distance = any(distances.values())
     rows = rows_at_a_time(n) if any_distance else n
     two = aud.dtype != torch.float32  # parts of means, and of the weights that multiply them
-    product = {"PARTS": 1 + two, "PRECISION": precision(aud.dtype)}
+    product = {"PARTS": 1 + two, "PRECISION": "tf32" if two else "tf32x3"}
     sides = 2 if wanted["S1"] or wanted["S2"] else 1
     width = triton.cdiv(n, 16) * 16  # rows of whole 16-byte loads
     pair_weights = None
@@ -273,7 +273,7 @@ def adjacency_backward(
             tiles = triton.cdiv(count, blocks.sizes["BLOCK_N"]) * triton.cdiv(n, blocks.sizes["BLOCK_M"])
             run(
                 weights_kernel, (tiles, sides), grad_loss, grad_terms, *map(float, weights), logits, aud, *means,
-                row_stats, col_entropy, dlogits, pair_weights, row0, count, n, width, c, 1 / tau,
+                row_stats, col_lse, dlogits, pair_weights, row0, count, n, width, c, 1 / tau,
                 scaled_threshold(adjacency_threshold, tau),
                 LOSS=grad_loss is not None, TERMS=grad_terms is not None, **wanted, **product, **blocks.options,
             )  # fmt: skip

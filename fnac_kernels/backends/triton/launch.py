@@ -11,6 +11,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from fnac_kernels._precision import bfloat16_allowed
+
 Precision = Literal["tf32x3", "tf32"]
 
 
@@ -31,7 +33,7 @@ def precision(dtype: torch.dtype) -> Precision:
     Exactly, as three products of TensorFloat-32 parts, unless ``set_float32_matmul_precision("medium")`` allows one.
     A float16 fits a TensorFloat-32 whole; bfloat16 operands are multiplied as they are and do not look at this.
     """
-    return "tf32" if dtype != torch.float32 or torch.get_float32_matmul_precision() == "medium" else "tf32x3"
+    return "tf32" if dtype != torch.float32 or bfloat16_allowed("cuda") else "tf32x3"
 
 
 def on(x: Tensor) -> contextlib.AbstractContextManager[object]:

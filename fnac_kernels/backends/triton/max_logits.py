@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fnac_kernels.backends.triton import sweep, tuning
-from fnac_kernels.backends.triton.launch import on, precision, run
+from fnac_kernels.backends.triton.launch import on_image, precision, run
 from fnac_kernels.backends.triton.products import INTERPRETED, add_product
 from fnac_kernels.backends.triton.rows import cells_as_rows
 
@@ -137,7 +137,7 @@ def max_logits(img: Tensor, aud: Tensor, tau: float) -> tuple[Tensor, Tensor]:
             PRECISION=precision(img.dtype), **blocks.options,
         )  # fmt: skip
 
-    with on(img):
+    with on_image(img):
         rows = cells_as_rows(img)
         launch(sweep.chosen("max_logits", sweep.shape_class(img, m), tuning.max_logits(img, n, m, cells), launch))
     return logits, argmax

@@ -41,7 +41,7 @@ def image_kernel(
     high = tl.max(tl.where(p < P, value, float("-inf")), axis=0)
     # A NaN anywhere makes the smallest and the largest NaN, and every comparison false.
     whole = tl.sum(((p < P) & (value != value)).to(tl.int32), axis=0) == 0
-    inside = ((value - low) / (high - low + 1e-5) > threshold) & whole & (p < P)
+    inside = (tl.div_rn(value - low, high - low + 1e-5) > threshold) & whole & (p < P)
     tl.store(mask + n * P + p, inside.to(tl.int8), mask=p < P)
     for c0 in range(0, C, BLOCK_C):
         c = c0 + block
@@ -98,7 +98,7 @@ def pool_kernel(
     for p0 in range(0, P, BLOCK_P):
         p = p0 + tl.arange(0, BLOCK_P)
         value = tl.load(maps + n * P + p, mask=p < P, other=0.0)
-        inside = ((value - lowest) / (highest - lowest + 1e-5) > threshold) & whole & (p < P)
+        inside = (tl.div_rn(value - lowest, highest - lowest + 1e-5) > threshold) & whole & (p < P)
         if block == 0:
             tl.store(mask + n * P + p, inside.to(tl.int8), mask=p < P)
         cells = tl.load(
