@@ -16,4 +16,4 @@ def bfloat16_allowed(device: Literal["cpu", "cuda"]) -> bool:
     try:
         return torch.get_float32_matmul_precision() == "medium"
     except RuntimeError:
-        return device == "cpu" and torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        return device == "cpu" and torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]
