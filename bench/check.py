@@ -6,6 +6,7 @@ kernel that lost its point does not.
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 import torch
@@ -47,6 +48,7 @@ def ratio(op: str, case: str, backend: str, device: str) -> float:
 
 
 def main() -> int:
+    argparse.ArgumentParser(prog="python -m bench.check", description=__doc__).parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     slow = 0
     for (op, case), least in LEAST[device].items():

@@ -6,6 +6,7 @@ Each process has about an equal share of the pairs, and of this machine's thread
 from __future__ import annotations
 
 import argparse
+import random
 import tempfile
 import time
 from collections.abc import Callable
@@ -72,11 +73,12 @@ def measure(case: Case, device: torch.device, rounds: int) -> list[Row]:
             raise SystemExit(f"{case.name}: {name} differs from {rivals.BASELINE}: {error}; not timed")
     del exact, got
     samples: dict[str, list[float]] = {name: [] for name in steps}
+    orders = random.Random(0)  # the same in all processes
     for _ in range(rounds):
-        for name, run in steps.items():
+        for name in orders.sample(list(steps), len(steps)):
             dist.barrier()
             start = time.perf_counter()
-            run()
+            steps[name]()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             dist.barrier()  # the slowest counts

@@ -19,6 +19,7 @@ LOG_FLOOR, LOG_SCALE = 1e-7, 12.0
 # What a corrupt header says must not decide how much memory is asked for.
 RATES = range(1000, 768_001)  # in Hz
 MAX_SAMPLES = 2**28  # read from one file, all channels, or resampled: 1 GiB
+MAX_FRAMES = 2**62  # more is what libsndfile says of a length that is not known
 MAX_KERNEL = 2**22  # of the resampling filters: all usual rates to all usual rates, not 44101 Hz to 16000
 
 Masks = Literal["mean", "official", "none"]
@@ -50,6 +51,8 @@ def load_audio(
         with soundfile.SoundFile(path) as file:
             rate = file.samplerate
             check_rate(path, rate, sample_rate)
+            if file.frames > MAX_FRAMES:
+                raise MediaError(f"cannot read sound {path}: its header does not say how long it is; convert the file")
             frames = file.frames if seconds is None else min(round(seconds * rate), file.frames)
             check_size(path, frames, file.channels, rate, sample_rate)
             start = (file.frames - frames) // 2 if moment is None else round(moment * rate) - frames // 2

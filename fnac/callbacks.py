@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -63,13 +63,18 @@ class BestAndLast(ModelCheckpoint):
             trainer.strategy.checkpoint_io = WholeFiles()
         folders: Mapping[str, Any] = getattr(trainer.datamodule, "folders", {})  # type: ignore[attr-defined]
         validation = folders.get("val")
-        scores = MASK_SCORES if isinstance(validation, AVSBench) else BOX_SCORES
+        measured = MASK_SCORES if isinstance(validation, AVSBench) else BOX_SCORES
+        scores = [score for score in measured if score in get_args(Score)]
         if self.fitting and self.score not in (None, *scores):
-            raise ValueError(f"score is {self.score!r}; validation clips of this kind have {', '.join(scores)}")
+            raise ValueError(
+                f"score (--best_by) is {self.score!r}; validation clips of this kind have {', '.join(scores)}"
+            )
         if validation is not None:
             self.monitor = f"val/{self.score or scores[0]}"
         elif self.fitting and self.score is not None:
-            raise ValueError(f"score is {self.score!r}, by which no epoch can be chosen without validation clips")
+            raise ValueError(
+                f"score (--best_by) is {self.score!r}, by which no epoch can be chosen without validation clips"
+            )
         elif self.fitting:
             self.monitor, self.save_top_k = None, 0
 
@@ -174,9 +179,20 @@ class BestAndLast(ModelCheckpoint):
         """Note where it lies: the best epoch so far lies beside it."""
         self.resumed_from = Path(trainer.ckpt_path or "")
 
+    @property
+    def state_key(self) -> str:
+        """One for all: Lightning's has the score in it, and misses the callback of a checkpoint that has another."""
+        return type(self).__name__
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from the best epoch so far; a run that goes on in another folder takes a copy of that along."""
         if not self.fitting:
+            return
+        if state_dict["monitor"] != self.monitor:
+            told = (
+                f"the best epoch so far was chosen by {state_dict['monitor']}; by {self.monitor} the choice begins anew"
+            )
+            rank_zero_warn(told)
             return
         if state_dict["dirpath"] != self.dirpath:
             state_dict = state_dict | {"dirpath": self.dirpath} | self._take_along(state_dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,6 +65,10 @@ def _read(path: str | Path) -> Any:
                 return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
+    except pickle.UnpicklingError as error:  # whose words advise to run what the file contains
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint: it is none, or holds other things than tensors and plain values"
+        ) from error
     except Exception as error:  # arbitrary bytes read as a pickle may raise anything
         raise ValueError(f"{path} cannot be read as a checkpoint: {error!r}") from error
     raise ValueError(f"{path} is damaged: the check sum of {damaged} is wrong")

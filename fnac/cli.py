@@ -33,6 +33,7 @@ from fnac.evaluation import Score
 from fnac.files import check_writable
 from fnac.prediction import PredictionWriter
 from fnac.results import render, write_clips, write_results
+from fnac.seeding import check_seed
 from fnac.training import MODEL, Localization, accelerator, fast_precision
 
 DESCRIPTION = """Audio-visual sound source localization with FNAC: fit, validate, test and predict as below (each with
@@ -64,8 +65,7 @@ class LocalizationCLI(LightningCLI):
         super().parse_arguments(parser, args)
         command = self.config["subcommand"]
         config = self.config[command]
-        if (seed := config["seed_everything"]) < 0:
-            raise ValueError(f"--seed_everything must be at least 0, got {seed}")
+        check_seed(config["seed_everything"], "--seed_everything")
         if config.get("lr_scheduler") and not config.get("optimizer"):
             raise ValueError("--lr_scheduler is given without --optimizer; both are needed, --optimizer Adam for one")
         if config.get("optimizer"):
@@ -136,6 +136,11 @@ class LocalizationCLI(LightningCLI):
         """As before fitting; maps go to files, not to memory."""
         self._checkpoints_are_data()
         self.config_init["predict"]["return_predictions"] = False
+
+    @rank_zero_only
+    def after_validate(self) -> None:
+        """Say what the scores depend on beside the weights."""
+        print(f"maps brought to pixels by {self.config['validate']['model']['upsampling']} interpolation")
 
     @rank_zero_only
     def after_test(self) -> None:

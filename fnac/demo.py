@@ -24,6 +24,7 @@ from fnac.files import once_whole
 from fnac.pictures import choose_examples, gallery, to_png
 from fnac.report import write_report
 from fnac.results import environment, render, write_results, write_text
+from fnac.seeding import check_seed
 from fnac.training import MODEL, OBJECT_ONLY, Localization, accelerator, fast_precision
 from fnac.warmup import warm_up
 from fnac_kernels import info
@@ -105,8 +106,9 @@ def demo(
 
 def _check(settings: DemoSettings) -> None:
     """Refuse what could not be trained or scored before anything is trained."""
-    for name in ("seed", "warmup_epochs", "val", "test", "single", "encoder_epochs", "epochs", "batch_size"):
-        least = 0 if name in ("seed", "warmup_epochs") else 1
+    check_seed(settings.seed)
+    for name in ("warmup_epochs", "val", "test", "single", "encoder_epochs", "epochs", "batch_size"):
+        least = 0 if name == "warmup_epochs" else 1
         if (value := getattr(settings, name)) < least:
             raise ValueError(f"{name} is {value}; it should be at least {least}")
     if min(settings.train, single_for_training(settings.single)) < settings.batch_size:

@@ -9,6 +9,12 @@ import numpy as np
 import torch
 
 
+def check_seed(seed: int, name: str = "seed") -> None:
+    """Raise ValueError if a seed is not one for every generator: NumPy's take 32 bits."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"{name} must be at least 0 and less than 2**32, got {seed}")
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """With torch's generator begun at ``seed``, and left as it was before.

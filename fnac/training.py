@@ -15,7 +15,7 @@ from fnac.checkpoints import read_weights
 from fnac.evaluation import Evaluation
 from fnac.metrics import Upsampling
 from fnac.model import AudioVisualModel, image_encoder, load_strictly, object_maps
-from fnac.seeding import mixed, seeded
+from fnac.seeding import check_seed, mixed, seeded
 from fnac_kernels import FNACLoss, paired_maps
 
 MODEL, OBJECT_GUIDED, OBJECT_ONLY, ORACLE = "model", "model + objects", "object only", "oracle"
@@ -91,6 +91,7 @@ class Localization(LightningModule):
         ):  # fmt: skip
             if not value >= least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_seed(seed)
         for name, value in (("image_dropout", image_dropout), ("audio_dropout", audio_dropout)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {value}")

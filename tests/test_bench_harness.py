@@ -236,6 +236,26 @@ def test_results_to_be_measured_again_have_a_name_that_is_known():
     assert (done.returncode, done.stderr) == (1, "measure.sh: failed: 1-bach (unknown)\n")
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_training_step_whose_loss_differs_is_not_timed_and_told(wrong, tmp_path, monkeypatch):
+    out = tmp_path / "step.json"
+    small = ["--batch=4", "--size=64", "--device=cpu", "--rounds=1", "--seconds=0.01", f"--out={out}"]
+    monkeypatch.setattr("sys.argv", ["training_step", *small])
+    if wrong:
+
+        def loss(*inputs, **settings):
+            return fnac_kernels.functional.fnac_loss(*inputs, **settings)._replace(loss=inputs[0].sum())
+
+        monkeypatch.setattr(fnac_kernels, "fnac_loss", loss)
+    assert bench.training_step.main() == wrong
+    rows = {row.contender: row for row in Run.read(out).rows}
+    assert {
+        name: row.status for name, row in rows.items() if row.contender in ("cpu", bench.training_step.DEFAULTS)
+    } == (dict.fromkeys(("cpu", bench.training_step.DEFAULTS), "differs" if wrong else "ok"))
+    assert rows["eager"].p50 is not None
+    assert (rows["cpu"].p50 is None) == wrong
+
+
 @pytest.mark.parametrize("size", [40, 64])
 def test_a_training_step_is_named_by_its_maps(size):
     maps = AudioVisualModel()(torch.zeros(2, 3, size, size), torch.zeros(2, 1, 257, 200))[0]

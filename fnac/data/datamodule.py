@@ -15,11 +15,12 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
-from fnac.audio import SEGMENT, Masks
+from fnac.audio import SEGMENT, Masks, MediaError
 from fnac.data.avsbench import AVSBench, is_avsbench
 from fnac.data.dataset import Augmentation, ClipDataset, OnBadClip
 from fnac.data.layout import ClipFolder
 from fnac.data.leakage import OnLeakage, refuse_leakage
+from fnac.seeding import check_seed
 
 READING = ("image_size", "sample_rate", "clip_seconds")  # what makes the network's input of a file
 SAMPLING = ("batch_size", "seed", "flip", "masks", "mask_width")  # what else the course of training depends on
@@ -47,8 +48,8 @@ class ClipData(LightningDataModule):
             (0, which is loud, at places drawn over the wrong axis), or "none".
         mask_width: bound of the masks' widths.
         seed: of the order of training clips and of augmentation.
-        on_bad_clip: "skip" leaves training clips out whose files are missing or unreadable, and says how many;
-            validation and test never do.
+        on_bad_clip: "skip" leaves training clips out whose files are missing or unreadable, and says how many; a
+            batch of none but those is an error. Validation and test never leave any out.
         on_leakage: what to do before training if clips of ``val`` or ``test`` are also in ``train``.
         cache: keep decoded clips in memory (of each worker), for small sets.
     """
@@ -78,10 +79,10 @@ class ClipData(LightningDataModule):
             ("num_workers", num_workers, 0),
             ("image_size", image_size, 1),
             ("sample_rate", sample_rate, 1),
-            ("seed", seed, 0),
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_seed(seed)
         if round(clip_seconds * sample_rate) < SEGMENT:
             raise ValueError(
                 f"clip_seconds must give at least {SEGMENT} samples, got {clip_seconds} s at {sample_rate} Hz"
@@ -355,8 +356,12 @@ class ResumableLoader(DataLoader):
 
 
 def collate(samples: list[dict[str, Any] | None]) -> dict[str, Any]:
-    """Default collation of those samples that are not None (unreadable, to be skipped)."""
+    """Default collation of those samples that are not None (unreadable, to be skipped).
+
+    Raises:
+        MediaError: there is none.
+    """
     read = [sample for sample in samples if sample is not None]
     if not read:
-        raise ValueError("no clip of a batch could be read")
+        raise MediaError(f"none of the {len(samples)} clips of a batch can be read; the warnings before this name them")
     return default_collate(read)

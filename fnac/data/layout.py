@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fnac.data.annotations import read_annotations
 from fnac.data.clip import Clip, ClipList, some
-from fnac.data.ids import FRAME_SUFFIXES, SOUND_SUFFIXES, clip_rows, row_id
+from fnac.data.ids import FRAME_SUFFIXES, SOUND_SUFFIXES, clip_id, clip_rows, row_id
 from fnac.data.negatives import make_negatives
 
 
@@ -110,7 +110,8 @@ def _media(folder: Path, suffixes: frozenset[str]) -> dict[str, Path]:
         for entry in entries:
             stem, suffix = os.path.splitext(entry.name)
             if suffix.lower() in suffixes and not stem.startswith("."):
-                if stem in found:
-                    raise ValueError(f"{folder} holds two files for clip {stem}: {found[stem].name} and {entry.name}")
-                found[stem] = folder / entry.name
+                name = clip_id(stem)  # of clip.mp4.png too
+                if name in found:
+                    raise ValueError(f"{folder} holds two files for clip {name}: {found[name].name} and {entry.name}")
+                found[name] = folder / entry.name
     return found

@@ -102,6 +102,18 @@ def test_a_missing_sound_is_told_so(tmp_path):
         load_audio(tmp_path / "none.wav")
 
 
+def test_a_length_that_is_not_known_is_told_so(tmp_path):
+    soundfile.write(tmp_path / "streamed.flac", np.zeros(8000), 8000)
+    content = bytearray((tmp_path / "streamed.flac").read_bytes())
+    content[21:26] = bytes([content[21] & 0xF0, 0, 0, 0, 0])  # 36 bits of the number of samples
+    (tmp_path / "streamed.flac").write_bytes(content)
+    for seconds in (None, 0.5):
+        with pytest.raises(
+            MediaError, match=r"streamed\.flac: its header does not say how long it is; convert the file"
+        ):
+            load_audio(tmp_path / "streamed.flac", seconds=seconds)
+
+
 def test_channels_are_cut_off_at_one_before_they_are_averaged(tmp_path):
     soundfile.write(tmp_path / "loud.wav", np.array([[5.0, 0.5], [-3.0, 0.0], [0.25, 0.75]]), 8000, subtype="FLOAT")
     waveform, _ = load_audio(tmp_path / "loud.wav")

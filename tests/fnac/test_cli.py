@@ -109,9 +109,21 @@ def test_another_score_may_choose_the_best_epoch(run, tmp_path):
     run("fit", "--trainer.max_epochs=2", "--best_by=pointing")
     (best,) = tmp_path.glob("runs/*/*/checkpoints/best.ckpt")
     kept = torch.load(best, weights_only=True)["callbacks"]
-    assert any("'monitor': 'val/pointing'" in key for key in kept)
-    with pytest.raises(SystemExit, match=r"score is 'miou'; validation clips of this kind have ap50, ciou"):
+    assert kept["BestAndLast"]["monitor"] == "val/pointing"
+    with pytest.raises(
+        SystemExit, match=r"score \(--best_by\) is 'miou'; validation clips of this kind have ap50, ciou"
+    ):
         run("fit", "--best_by=miou")
+    with pytest.warns(
+        UserWarning, match=r"best epoch so far was chosen by val/pointing; by val/ap50 the choice begins"
+    ):
+        run("fit", "--trainer.max_epochs=3", f"--ckpt_path={best.with_name('last.ckpt')}")
+    assert len(list(tmp_path.glob("runs/*/*/checkpoints/best.ckpt"))) == 2
+
+
+def test_validation_says_how_maps_became_pixels(run, capsys):
+    run("validate", "--model.upsampling=bilinear_align_corners")
+    assert "maps brought to pixels by bilinear_align_corners interpolation" in capsys.readouterr().out
 
 
 def test_a_finished_run_is_continued_with_more_epochs(run, tmp_path):
@@ -187,7 +199,8 @@ def test_a_file_that_is_no_checkpoint_is_named(run, tmp_path, content):
         (["fit"], "train: there are no train clips"),
         (["fit", "--data.root=nowhere"], "root: nowhere holds no generated data set"),
         (["fit", "--model.tau=0"], "tau is 0.0; it should be positive"),
-        (["fit", "--seed_everything=-1"], "--seed_everything must be at least 0, got -1"),
+        (["fit", "--seed_everything=-1"], r"--seed_everything must be at least 0 and less than 2\*\*32, got -1"),
+        (["fit", "--seed_everything=4294967296"], r"--seed_everything must be .* less than 2\*\*32, got 4294967296"),
         (["fit", "--trainer.max_epochs=-5"], "`max_epochs` must be"),
         (["fit", "--data.train.audio=null"], r"train\.root is missing"),
         (["test", "--results=scores.txt"], r"--results should be a \.json file, got 'scores\.txt'"),

@@ -154,6 +154,17 @@ def test_unreadable_files_are_named_or_skipped_in_training_with_a_count(root, tm
         next(batch for batch in data.train_dataloader() if len(batch["name"]) == 6)  # the pass may end here
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.filterwarnings("ignore:.*skipped")
+def test_a_batch_of_which_no_clip_can_be_read_is_an_error(root, tmp_path, workers):
+    folder = shutil.copytree(root, tmp_path / "set")
+    for frame in (folder / "train" / "frames").iterdir():
+        frame.write_bytes(b"none")
+    data = ClipData(str(folder), batch_size=7, on_bad_clip="skip", num_workers=workers, **SMALL)
+    with pytest.raises(MediaError, match="none of the 7 clips of a batch can be read; the warnings before this name"):
+        next(iter(data.train_dataloader()))
+
+
 def test_missing_files_are_found_at_setup_and_named_or_left_out_of_training(root, tmp_path):
     folder = shutil.copytree(root, tmp_path / "set")
     (folder / "train" / "audio" / "train_000002.wav").unlink()

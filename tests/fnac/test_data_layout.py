@@ -187,6 +187,18 @@ def test_listed_clips_without_annotation_and_twofold_files_are_errors(tmp_path):
         list_clips(ClipFolder(str(tmp_path)))
 
 
+def test_files_may_keep_the_suffix_of_what_they_were_made_of(tmp_path):
+    touch(tmp_path / "frames", "a.mp4.png", "b.c.jpg")
+    touch(tmp_path / "audio", "a.mp4.wav", "b.c.wav")
+    (tmp_path / "vggss.json").write_text('[{"file": "a.mp4", "class": "c", "bbox": []}]')
+    assert [clip.name for clip in list_clips(ClipFolder(str(tmp_path))).clips] == ["a", "b.c"]
+    (clip,) = list_clips(ClipFolder(str(tmp_path), annotations=str(tmp_path / "vggss.json"))).clips
+    assert clip.sound.name == "a.mp4.wav"
+    touch(tmp_path / "frames", "a.jpg")
+    with pytest.raises(ValueError, match="two files for clip a"):
+        list_clips(ClipFolder(str(tmp_path)))
+
+
 def test_a_folder_without_clips_is_an_error_that_says_where_it_looked(tmp_path):
     touch(tmp_path / "frames", "a.jpg")
     touch(tmp_path / "audio")

@@ -110,7 +110,7 @@ def test_another_setting_needs_another_folder(run):
         ({"epochs": 0}, "epochs is 0"),
         ({"train": 4}, "train is 4, "),
         ({"single": 8}, "single 8; train and nine tenths of single should be at least batch_size, which is 8"),
-        ({"seed": -1}, "seed is -1; it should be at least 0"),
+        ({"seed": -1}, "seed must be at least 0 and less than 2[*][*]32, got -1"),
         ({"warmup_epochs": -1}, "warmup_epochs is -1; it should be at least 0"),
     ],
 )

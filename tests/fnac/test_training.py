@@ -301,7 +301,9 @@ def test_a_best_epoch_that_is_lost_is_named(tmp_path, make_model, make_clips):
 def test_without_validation_there_is_no_best(tmp_path, make_model, make_clips):
     data = make_clips()
     data.folders["val"] = None
-    with pytest.raises(ValueError, match="score is 'ciou', by which no epoch can be chosen without validation clips"):
+    with pytest.raises(
+        ValueError, match=r"score \(--best_by\) is 'ciou', by which no epoch can be chosen without validation clips"
+    ):
         trainer(tmp_path, BestAndLast("ciou"), max_epochs=1).fit(make_model(), data)
 
 
