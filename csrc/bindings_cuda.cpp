@@ -1,9 +1,9 @@
 // The CUDA kernels as Python functions: `_C.cuda`, and the module of the emulated kernels in the tests.
 //
-// A call enqueues its kernels on the given device and stream and returns; the GIL is released meanwhile.
-// Workspace comes from `allocate(bytes)`, which returns a tensor and is called only where a job needs some.
-// The tensor may be freed once its kernels are enqueued, because the caller's allocator reuses memory in the
-// order of the stream.
+// A call enqueues its kernels on the given device, which is current, and stream, and returns; the GIL is
+// released meanwhile. Workspace comes from `allocate(bytes)`, which returns a tensor and is called only where
+// a job needs some. The tensor may be freed once its kernels are enqueued, because the caller's allocator
+// reuses memory in the order of the stream.
 #include <array>
 #include <optional>
 

@@ -15,8 +15,8 @@ namespace fnac::cuda {
 // are.
 enum class Precision : int { kExact = 0, kTensorFloat32 = 1 };
 
-// Where a job runs: run() makes the device current and restores the caller's. The workspace has
-// workspace_bytes(job) bytes, aligned to 64, undefined on entry.
+// Where a job runs: the device is current. The workspace has workspace_bytes(job) bytes, aligned to 64,
+// undefined on entry.
 struct Launch {
     int device;
     void* stream;
