@@ -168,6 +168,31 @@ def test_adjacency_in_more_than_one_panel():
     check(emulate("-c", PANELS))
 
 
+DEVICES = """
+import contextlib, types, torch
+from fnac_kernels.backends import cuda
+
+seen = []
+
+@contextlib.contextmanager
+def switched(device):
+    seen.append(device.index)
+    yield
+    seen.append("back")
+
+torch.cuda.device, torch.cuda.current_device = switched, lambda: 0
+torch._C._cuda_getCurrentRawStream = lambda index: 7 + index
+for index in (0, 1):
+    x = types.SimpleNamespace(is_cuda=True, device=torch.device("cuda", index))
+    cuda._enqueue(lambda job, place, allocate: seen.append((job, place)), x, "job")
+assert seen == [("job", (0, 7)), 1, ("job", (1, 8)), "back"], seen
+"""
+
+
+def test_kernels_run_on_the_tensors_device_and_its_stream():
+    check(emulate("-c", DEVICES))
+
+
 TENSOR_FLOAT = """
 import torch, fnac_kernels as fk
 torch.set_float32_matmul_precision("medium")
