@@ -14,7 +14,7 @@ mkdir -p "$out"
 log=$out/on_gpu.log
 python=${PYTHON:-python3}
 limit=${LIMIT:-530} # seconds for everything
-failed=() missing=() stages=() machine=()
+failed=() missing=() stages=() machine=() known=()
 : >"$log"
 
 say() { echo "$*" | tee -a "$log"; }
@@ -80,6 +80,7 @@ export PATH PYTHONUNBUFFERED=1
 stage() {
     local name=$1 seconds=$2 status=0 began=$SECONDS outcome
     shift 2
+    known+=("$name")
     if [[ -n ${ONLY:-} && " $ONLY " != *" $name "* ]]; then return; fi
     if ((limit - SECONDS < seconds)); then seconds=$((limit - SECONDS)); fi
     echo "--- $name: $*" >>"$log"
@@ -152,6 +153,9 @@ stage bench-largest 60 "${bench[@]}" --no-memory --ops fnac_loss --cases b8192-7
     --backends triton cuda --out "$out/3-batch-huge.json"
 stage operators 60 "${parallel[@]}" tests/test_ops.py -k "cuda and not compiled"
 
+for name in ${ONLY:-}; do
+    if [[ " ${known[*]} " != *" $name "* ]]; then failed+=("$name (unknown)"); fi
+done
 if ((${#failed[@]})); then
     say "on_gpu.sh: failed: $(printf '%s, ' "${failed[@]}" | sed 's/, $//')"
     exit 1

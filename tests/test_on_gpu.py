@@ -49,6 +49,12 @@ def test_a_build_that_fails_and_tests_that_hang_are_told(tmp_path):
     assert "the compiler broke" in log
 
 
+def test_a_stage_that_does_not_exist_has_not_passed(tmp_path):
+    status, told, log = run(tmp_path, ONLY="device tabel-cuda")
+    assert (status, told["outcome"]) == (1, "failed")
+    assert "failed: tabel-cuda (unknown)" in log
+
+
 def test_so_is_what_is_missing(tmp_path):
     status, told, log = run(tmp_path, PYTHON="/nonexistent/python")
     assert status == 1
