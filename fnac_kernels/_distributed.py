@@ -84,31 +84,37 @@ def _shown(name: str, value: float) -> str:
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of all processes, by rank; the gradient of a row is the sum of what all make of it."""
+    """Rows of all processes, by rank; the gradient of a row is the sum of what all make of it.
+
+    They travel as they are and arrive in float32 at least, or what each process makes of a gradient would be rounded.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shares: Shares) -> Tensor:
-        ctx.shares, ctx.dtype = shares, x.dtype
+        ctx.shares, ctx.dtype, ctx.wide = shares, x.dtype, torch.promote_types(x.dtype, torch.float32)
         most = max(shares.sizes)
         sent, received = x.new_zeros(most, x.shape[1]), x.new_empty(most * len(shares.sizes), x.shape[1])
         sent[: len(x)] = x
         # As bytes: not every backend of torch.distributed knows every dtype.
         dist.all_gather_into_tensor(received.view(torch.uint8), sent.view(torch.uint8), shares.group)
-        return torch.cat([rows[:size] for rows, size in zip(received.split(most), shares.sizes, strict=True)])
+        parts = [rows[:size] for rows, size in zip(received.split(most), shares.sizes, strict=True)]
+        return torch.cat(parts).to(ctx.wide)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         shares = ctx.shares
         # A sum of all rows instead of scattered ones: every backend has it, and vectors are small beside maps.
-        wide = torch.promote_types(ctx.dtype, torch.float32)
-        grad = grad.to(wide, copy=True, memory_format=torch.contiguous_format)
+        grad = grad.to(ctx.wide, copy=True, memory_format=torch.contiguous_format)
         dist.all_reduce(grad, group=shares.group)
         return grad[shares.first :][: shares.sizes[shares.rank]].to(ctx.dtype), None
 
 
 def gather(x: Tensor, shares: Shares) -> Tensor:
-    """The rows of ``x (n, C)`` of all processes ``(N, C)``, this one's first and then those of the ranks after it."""
+    """The rows of ``x (n, C)`` of all processes ``(N, C)``, this one's first and then those of the ranks after it.
+
+    Those of 16 bits become float32.
+    """
     return _Gather.apply(x, shares).roll(-shares.first, 0)
 
 
@@ -145,8 +151,11 @@ def adjacency_contrastive(
         kept = logits
         if adjacency_threshold is not None:
             kept = logits.masked_fill(false_negatives(aud, adjacency_threshold, n), -math.inf)
-        nce = (kept.logsumexp(1) - kept.diagonal()).sum() / total
-        columns = kept.logsumexp(0).roll(shares.first)
+        nce = -kept.log_softmax(1).diagonal().sum() / total
+        # In two parts, maximum and log of the sum above it, because one float32 has too few digits for both.
+        high = kept.detach().amax(0)
+        log = (kept - _finite(high)).logsumexp(0)
+        columns = torch.cat((high.roll(shares.first), log.roll(shares.first)))
         positives = torch.nn.functional.pad(kept.diagonal(), (0, total - n)).roll(shares.first)
     if weights[1] or weights[2]:
         of_aud = adjacency(aud)
@@ -167,6 +176,13 @@ def adjacency_contrastive(
     sums = parts[:, :4].sum(0)
     nce, fns_audio, tne, fns_visual = (sums[i] for i in range(4))  # unbind's views nobody may change in place
     if weights[0]:
-        columns, positives = parts[:, 4:].tensor_split(2, 1)
-        nce = nce + (columns.logsumexp(0) - positives.sum(0)).mean()
+        high, log, positives = parts[:, 4:].tensor_split(3, 1)
+        highest = high.detach().amax(0)
+        log = (high.detach() - _finite(highest) + log).logsumexp(0)
+        nce = nce + ((highest - positives.sum(0)) + log).mean()
     return Terms(nce, fns_audio, tne, fns_visual)
+
+
+def _finite(high: Tensor) -> Tensor:
+    """Maxima to subtract: 0 for those of nothing but -inf."""
+    return high.masked_fill(high == -math.inf, 0)

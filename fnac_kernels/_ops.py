@@ -436,6 +436,8 @@ pooled_features = _define(
 
 
 def _foreground_pool(img: Tensor, maps: Tensor, threshold: float, backend: str) -> tuple[Tensor, Tensor]:
+    if maps.dtype == torch.float64:  # of which min-max leaves digits that float32 has not
+        maps = maps - maps.amin((1, 2), keepdim=True)
     return _primitives(backend).foreground_pool(_dense(img, backend), maps.float().contiguous(), threshold)
 
 

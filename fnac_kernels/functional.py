@@ -213,7 +213,9 @@ def distributed_fnac_loss(
             img_avg = img.mean(dim=(2, 3), dtype=logits.dtype)
         else:
             pooled = bool(weights[2] or weights[3])
-            logits, maps, img_avg, foreground, *_ = _ops.pooled_features(img, sounds, tau, fg_threshold, pooled, name)
+            logits, maps, img_avg, foreground, *_ = _ops.pooled_features(
+                img, sounds.to(aud.dtype), tau, fg_threshold, pooled, name
+            )
         terms = _distributed.adjacency_contrastive(
             logits, sounds, img_avg, foreground, tau, weights, adjacency_threshold, shares
         )

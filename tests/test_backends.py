@@ -103,6 +103,25 @@ def test_large_logits_keep_the_digits_of_their_softmaxes(backend):
 
 
 @pytest.mark.parametrize("backend", USABLE)
+def test_nearly_uniform_softmaxes_keep_the_digits_of_their_distance(backend):
+    """exp(x - max - log sum) would round a whole row by the digits of log N, four times as much."""
+    device, size = _dispatch.BACKENDS[backend].takes, 64
+    errors = {backend: 0.0, "reference": 0.0}
+    for seed in range(10):
+        draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(seed))
+        logits, aud = (1e-3 * draw(size, size)).to(device), (0.015 * draw(size, 24)).to(device)
+
+        def distance(name: str, dtype: torch.dtype, logits: Tensor = logits, aud: Tensor = aud) -> float:
+            inputs = (logits.to(dtype), *[aud.to(dtype)] * 3)
+            return float(fk.adjacency_contrastive(*inputs, weights=(0, 1, 0, 0), backend=name).fns_audio)
+
+        exact = distance("reference", torch.float64)
+        for name in errors:
+            errors[name] += (distance(name, torch.float32) / exact - 1) ** 2 / 10
+    assert errors[backend] ** 0.5 < 2 * errors["reference"] ** 0.5
+
+
+@pytest.mark.parametrize("backend", USABLE)
 @pytest.mark.parametrize("lowest", [-1e4, -1e8, float("-inf")])
 def test_a_positive_pair_far_below_its_row_and_column(backend, lowest):
     logits = torch.randn(40, 40, generator=torch.Generator().manual_seed(0)).to(_dispatch.BACKENDS[backend].takes)

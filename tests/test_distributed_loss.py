@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from processes import CASES, PAIRS_SETTINGS, TWELVE, WORLD, Encoders, step, trained, work
+from processes import CASES, NCE_ALONE, PAIRS_SETTINGS, TWELVE, WORLD, Encoders, far_from_zero, step, trained, work
 from tolerance import Run, assert_as_good_as_torch
 
 import fnac_kernels as fk
@@ -45,6 +45,14 @@ def test_values_and_gradients_are_those_of_one_process(ranks, name):
             torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-11)
     else:
         assert_as_good_as_torch(got, alone(name, "reference", None), exact, case.sample.dtype)
+
+
+def test_logits_far_from_zero_keep_the_digits_of_their_softmaxes(ranks):
+    img, aud = far_from_zero(torch.float64)
+    fk.fnac_loss(img, aud, 1.0, **NCE_ALONE).loss.backward()
+    for i, exact in enumerate((img.grad, aud.grad)):
+        got = torch.cat([rank["far from zero"][i] for rank in ranks]).double()
+        assert float((got - exact).norm() / exact.norm()) < 3e-3
 
 
 def test_without_gradients_the_values_are_the_same(ranks):

@@ -280,6 +280,12 @@ def test_a_term_of_weight_zero_is_not_computed(monkeypatch, backend):
     assert asked == [False, True]
 
 
+def test_maps_in_float64_are_masked_by_all_their_digits(backend):
+    img, maps = torch.randn(1, 4, 2, 2), 1e9 + torch.arange(4.0, dtype=torch.float64).view(1, 2, 2)
+    got, wanted = (fk.foreground_pool(img, maps, 0.5, backend=name) for name in (backend, "reference"))
+    torch.testing.assert_close(got, wanted)
+
+
 def test_hard_masked_pairs_leave_the_denominators():
     img, aud = (x.detach() for x in features(Sample(6, 6, 16, 4, 4, kind="clustered")))
     aud[3] = aud[0]

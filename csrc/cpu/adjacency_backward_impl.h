@@ -110,8 +110,8 @@ class AdjacencyGradient {
                 const F by_column = softmax<V>(x.l + m, column(kLseColumn), column(kLseColumn + 1));
                 dl = V::fma(g0, unmasked(V::add(kept, by_column), x, n, m0, m), dl);
                 if constexpr (kBoth) {
-                    const float *high = job_.col_lse + n, *log = high + job_.n;
-                    const F by_column_t = softmax<V>(x.lt + m, V::set(*high), V::set(*log));
+                    const float *high = job_.col_lse + n, *inverse = high + job_.n;
+                    const F by_column_t = softmax<V>(x.lt + m, V::set(*high), V::set(*inverse));
                     dlt = V::fma(g0, unmasked(V::add(kept_t, by_column_t), x, n, m0, m), dlt);
                 }
             }

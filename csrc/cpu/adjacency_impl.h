@@ -5,11 +5,11 @@
 //
 // Padding: padded columns of every matrix hold -inf, whose exp is 0.
 //
-// Columns of row_stats: the log-sum-exps of A, F, I, L, of L without the masked pairs, each as a pair
-// (maximum, log of the sum) because their sum in float32 would cost the softmax two digits; then the row sums
-// of s1 P_A, s2 P_A, s2 P_F, s3 P_I, s1 P_L, s3 P_L with s1 = sign(P_A - P_L), s2 = sign(P_A - P_F),
-// s3 = sign(P_I - P_L). col_lse are the log-sum-exps of the columns of L without the masked pairs: n maxima,
-// then n logs.
+// Columns of row_stats: what makes softmaxes of the rows of A, F, I, L, of L without the masked pairs, each a
+// pair (maximum, inverse of the sum of exponentials), which costs no digit, as a log-sum-exp does; then the
+// row sums of s1 P_A, s2 P_A, s2 P_F, s3 P_I, s1 P_L, s3 P_L with s1 = sign(P_A - P_L), s2 = sign(P_A - P_F),
+// s3 = sign(P_I - P_L). col_lse is the same of the columns of L without the masked pairs: n maxima, n
+// inverses.
 #pragma once
 
 namespace fnac {
@@ -156,23 +156,25 @@ void adjacency_row(const Adjacency& job, const Needs& needs, const Row& x, int64
     using F = typename V::F;
     float* stats = job.row_stats + n * kRowStats;
     for (int64_t s = 0; s < kRowStats; ++s) stats[s] = 0.f;
-    const LogSumExp unmasked = log_sum_exp<V>(x.l, size);
+    const SumExp unmasked = sum_exp<V>(x.l, size);
     unmasked.write(stats + kLseL);
-    if (needs.s1 || needs.s2) log_sum_exp<V>(x.a, size).write(stats + kLseA);
-    if (needs.s2) log_sum_exp<V>(x.f, size).write(stats + kLseF);
-    if (needs.s3) log_sum_exp<V>(x.i, size).write(stats + kLseI);
+    if (needs.s1 || needs.s2) sum_exp<V>(x.a, size).write(stats + kLseA);
+    if (needs.s2) sum_exp<V>(x.f, size).write(stats + kLseF);
+    if (needs.s3) sum_exp<V>(x.i, size).write(stats + kLseI);
     job.col_lse[n] = job.col_lse[job.n + n] = 0.f;
     if (needs.nce) {
-        const auto lse = [&](const float* logits) {
+        const auto kept_sum = [&](const float* logits) {
             for (int64_t m = 0; m < size; ++m) kept[m] = masked(job, x.a[m], n, m) ? kNegInf : logits[m];
-            return log_sum_exp<V>(kept, size);
+            return sum_exp<V>(kept, size);
         };
-        const LogSumExp row = needs.mask ? lse(x.l) : unmasked;
-        const LogSumExp column = needs.mask ? lse(x.lt) : log_sum_exp<V>(x.lt, size);
+        const SumExp row = needs.mask ? kept_sum(x.l) : unmasked;
+        const SumExp column = needs.mask ? kept_sum(x.lt) : sum_exp<V>(x.lt, size);
         row.write(stats + kLseKept);
-        const auto entropy = [&](LogSumExp sum) { return static_cast<double>(sum.high - x.l[n]) + sum.log; };
+        const auto entropy = [&](SumExp of) {
+            return static_cast<double>(of.high - x.l[n]) + std::log(of.sum);
+        };
         terms[0] = entropy(row) + entropy(column);
-        job.col_lse[n] = column.high, job.col_lse[job.n + n] = column.log;
+        job.col_lse[n] = column.high, job.col_lse[job.n + n] = 1 / column.sum;
     }
     AbsSign<V> s1, s2, s3;
     const auto p = [&](const float* logits, Stat lse) {

@@ -1,4 +1,4 @@
-// Softmaxes of rows in float32: exp of what is at most 0, and sums in two parts.
+// Softmaxes of rows in float32: exp of what is at most 0, divided by their sum.
 #pragma once
 
 namespace fnac {
@@ -19,14 +19,15 @@ typename V::F exp_negative(typename V::F x) {
     return V::zero_below(x, V::set(-69.f), V::exp2_scale(y, n));
 }
 
-struct LogSumExp {
-    float high, log;
-    void write(float* to) const { to[0] = high, to[1] = log; }
+// The sum of the exponentials of numbers less `high`, the largest.
+struct SumExp {
+    float high, sum;
+    void write(float* to) const { to[0] = high, to[1] = 1 / sum; }
 };
 
-// log sum exp of x[0..size): NaN where there is a NaN, because its exp is one whatever the maximum.
+// Of x[0..size): NaN where there is a NaN, because its exp is one whatever the maximum.
 template <class V>
-LogSumExp log_sum_exp(const float* x, int64_t size) {
+SumExp sum_exp(const float* x, int64_t size) {
     auto top = V::set(kNegInf);
     for (int64_t i = 0; i < size; i += V::kLanes) top = V::max(V::load(x + i), top);
     float lanes[V::kLanes], high = kNegInf;
@@ -35,13 +36,13 @@ LogSumExp log_sum_exp(const float* x, int64_t size) {
     auto total = V::set(0.f);
     for (int64_t i = 0; i < size; i += V::kLanes)
         total = V::add(total, exp_negative<V>(V::sub(V::load(x + i), V::set(high))));
-    return {high, std::log(V::sum(total))};
+    return {high, V::sum(total)};
 }
 
-// The softmax of x, given its log-sum-exp's two parts.
+// The softmax of x, given the largest of its row and the inverse of the sum.
 template <class V>
-typename V::F softmax(const float* x, typename V::F high, typename V::F log) {
-    return exp_negative<V>(V::sub(V::sub(V::load(x), high), log));
+typename V::F softmax(const float* x, typename V::F high, typename V::F inverse) {
+    return V::mul(exp_negative<V>(V::sub(V::load(x), high)), inverse);
 }
 
 }  // namespace

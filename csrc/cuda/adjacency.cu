@@ -26,10 +26,12 @@ struct RowsArguments {
     int column_blocks;
 };
 
-struct LogSumExp {
-    float high = 0.f, log = 0.f;
-    FNAC_DEVICE void write(float* to) const { to[0] = high, to[1] = log; }
-    FNAC_DEVICE float softmax(float x) const { return expf(x - high - log); }
+// The largest of a row, and the inverse of the sum of exponentials beside it.
+struct Softmax {
+    float high = 0.f, inverse = 0.f;
+    FNAC_DEVICE void write(float* to) const { to[0] = high, to[1] = inverse; }
+    FNAC_DEVICE float operator()(float x) const { return expf(x - high) * inverse; }
+    FNAC_DEVICE float entropy(float x) const { return (high - x) - logf(inverse); }
 };
 
 // The maximum of what it has seen, and the sum of exponentials beside it. The maximum knows of no NaN, the
@@ -66,7 +68,7 @@ struct Running {
             if (mask >= lowest_bit) sum += shuffle_xor(sum, mask);
     }
     // Of `count` of them, `stride` apart.
-    FNAC_DEVICE static LogSumExp merge(const float* parts, int count, int stride) {
+    FNAC_DEVICE static Softmax merge(const float* parts, int count, int stride) {
         Running all;
         for (int k = 0; k < count; ++k)
             all.high = parts[k * stride] > all.high ? parts[k * stride] : all.high;
@@ -74,7 +76,7 @@ struct Running {
             all.sum += Running{parts[k * stride], parts[k * stride + 1]}.sum_beside(all.high);
         // Minus infinity throughout has no softmax.
         if (all.high == kNegInf) all.sum = all.high - all.high;
-        return {all.high, logf(all.sum)};
+        return {all.high, 1.f / all.sum};
     }
 };
 
@@ -176,9 +178,9 @@ FNAC_DEVICE void columns_of_panel(const RowsArguments& job) {
     }
     block_barrier();
     if (thread >= kColumns || !there) return;
-    const LogSumExp lse = Running::merge(parts + thread * 2, kWarps, kColumns * 2);
-    job.col_lse[n] = lse.high, job.col_lse[size + n] = lse.log;
-    job.row_terms[n * kTerms + 4] = (lse.high - job.logits[n * size + n]) + lse.log;
+    const Softmax softmax = Running::merge(parts + thread * 2, kWarps, kColumns * 2);
+    job.col_lse[n] = softmax.high, job.col_lse[size + n] = softmax.inverse;
+    job.row_terms[n * kTerms + 4] = softmax.entropy(job.logits[n * size + n]);
 }
 
 constexpr int kLses = 5, kDistanceSums = 9;
@@ -228,11 +230,11 @@ rows_kernel(const RowsArguments job) {
     const auto merged = [&](int k) {
         return Running::merge(parts + (first_warp * kLses + k) * 2, kRowWarps, kLses * 2);
     };
-    LogSumExp lse_a, lse_f, lse_i, lse_l, kept;
-    if (needs.s1 || needs.s2) lse_a = merged(0);
-    if (needs.s2) lse_f = merged(1);
-    if (needs.s3) lse_i = merged(2);
-    if (needs.s1 || needs.s3 || !needs.masked) kept = lse_l = merged(3);
+    Softmax softmax_a, softmax_f, softmax_i, softmax_l, kept;
+    if (needs.s1 || needs.s2) softmax_a = merged(0);
+    if (needs.s2) softmax_f = merged(1);
+    if (needs.s3) softmax_i = merged(2);
+    if (needs.s1 || needs.s3 || !needs.masked) kept = softmax_l = merged(3);
     if (needs.masked) kept = merged(4);
 
     Distance d1, d2, d3;
@@ -243,11 +245,11 @@ rows_kernel(const RowsArguments job) {
 #pragma unroll
             for (int k = 0; k < kGroup; ++k) {
                 if (m + k * kRowThreads >= size) continue;
-                const float pa = needs.s1 || needs.s2 ? lse_a.softmax(group.a[k]) : 0.f;
-                const float pl = needs.s1 || needs.s3 ? lse_l.softmax(group.l[k]) : 0.f;
+                const float pa = needs.s1 || needs.s2 ? softmax_a(group.a[k]) : 0.f;
+                const float pl = needs.s1 || needs.s3 ? softmax_l(group.l[k]) : 0.f;
                 if (needs.s1) d1.add(pa, pl);
-                if (needs.s2) d2.add(pa, lse_f.softmax(group.f[k]));
-                if (needs.s3) d3.add(lse_i.softmax(group.i[k]), pl);
+                if (needs.s2) d2.add(pa, softmax_f(group.f[k]));
+                if (needs.s3) d3.add(softmax_i(group.i[k]), pl);
             }
         }
     }
@@ -262,17 +264,17 @@ rows_kernel(const RowsArguments job) {
     d2.read(sums + first_warp * kDistanceSums, 1, kDistanceSums);
     d3.read(sums + first_warp * kDistanceSums, 2, kDistanceSums);
     float* stats = job.row_stats + int64_t{n} * kRowStats;
-    lse_a.write(stats + kLseA);
-    lse_f.write(stats + kLseF);
-    lse_i.write(stats + kLseI);
-    lse_l.write(stats + kLseL);
+    softmax_a.write(stats + kLseA);
+    softmax_f.write(stats + kLseF);
+    softmax_i.write(stats + kLseI);
+    softmax_l.write(stats + kLseL);
     kept.write(stats + kLseKept);
     stats[kS1A] = d1.with_x, stats[kS1L] = d1.with_y;
     stats[kS2A] = d2.with_x, stats[kS2F] = d2.with_y;
     stats[kS3I] = d3.with_x, stats[kS3L] = d3.with_y;
     const float own = job.logits[n * job.n + n];
     float* terms = job.row_terms + int64_t{n} * kTerms;
-    terms[0] = needs.nce ? (kept.high - own) + kept.log : 0.f;
+    terms[0] = needs.nce ? kept.entropy(own) : 0.f;
     terms[1] = d1.total, terms[2] = d2.total, terms[3] = d3.total;
     if (!needs.nce) terms[4] = 0.f;
 }

@@ -8,11 +8,11 @@
 
 namespace fnac::cuda {
 
-// Columns of row_stats: the log-sum-exps of A, F, I, L, and of L without the masked pairs, each as (maximum,
-// log of the sum) because their sum in float32 would cost the softmax two digits; then the row sums of
-// s1 P_A, s2 P_A, s2 P_F, s3 P_I, s1 P_L, s3 P_L with s1 = sign(P_A - P_L), s2 = sign(P_A - P_F),
-// s3 = sign(P_I - P_L). col_lse are the log-sum-exps of the columns of L without the masked pairs: n maxima,
-// then n logs.
+// Columns of row_stats: what makes softmaxes of the rows of A, F, I, L, and of L without the masked pairs,
+// each a pair (maximum, inverse of the sum of exponentials), which costs no digit, as a log-sum-exp does;
+// then the row sums of s1 P_A, s2 P_A, s2 P_F, s3 P_I, s1 P_L, s3 P_L with s1 = sign(P_A - P_L), s2 =
+// sign(P_A - P_F), s3 = sign(P_I - P_L). col_lse is the same of the columns of L without the masked pairs: n
+// maxima, n inverses.
 enum Stat : int {
     kLseA = 0,
     kLseF = 2,

@@ -45,7 +45,7 @@ struct Side {
             stats[i] = four.x, stats[i + 1] = four.y, stats[i + 2] = four.z, stats[i + 3] = four.w;
         }
     }
-    FNAC_DEVICE float softmax(float x, Stat lse) const { return expf(x - stats[lse] - stats[lse + 1]); }
+    FNAC_DEVICE float softmax(float x, Stat lse) const { return expf(x - stats[lse]) * stats[lse + 1]; }
 };
 
 // The gradient that reaches a wanted term, from the loss and directly.
@@ -109,7 +109,7 @@ gradient_kernel(const GradientArguments job) {
         }
     }
     const bool nce = needs.nce && m < size;
-    const float col_high = nce ? job.col_lse[m] : 0.f, col_log = nce ? job.col_lse[size + m] : 0.f;
+    const float col_high = nce ? job.col_lse[m] : 0.f, col_inverse = nce ? job.col_lse[size + m] : 0.f;
     const float g0 = term_gradient(job, 0) / static_cast<float>(size);
     const float g1 = term_gradient(job, 1), g2 = term_gradient(job, 2), g3 = term_gradient(job, 3);
     const float share = 1.f / static_cast<float>(size) / static_cast<float>(size);
@@ -149,7 +149,7 @@ gradient_kernel(const GradientArguments job) {
         if (needs.nce) {
             // Where no pair leaves, the row's softmax is there already.
             const bool there = !needs.masked && (needs.s1 || needs.s3);
-            float both = (there ? pl : row.softmax(l[k], kLseKept)) + expf(l[k] - col_high - col_log);
+            float both = (there ? pl : row.softmax(l[k], kLseKept)) + expf(l[k] - col_high) * col_inverse;
             if (needs.masked && leaves(a[k], job.scaled_threshold, n, m)) both = 0.f;
             dl += g0 * (n == m ? both - 2.f : both);
         }

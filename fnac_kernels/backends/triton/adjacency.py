@@ -114,8 +114,8 @@ def statistics_kernel(
 
 
 @triton.jit
-def collected_lse(partials, slots, row, N, COLUMN: tl.constexpr):
-    """Maximum and log of the sum over all slots."""
+def collected(partials, slots, row, N, COLUMN: tl.constexpr):
+    """Maximum and sum of exp over all slots."""
     high = tl.full(row.shape, float("-inf"), tl.float32)
     total = tl.zeros(row.shape, tl.float32)
     at = partials + COLUMN * N + row
@@ -127,7 +127,14 @@ def collected_lse(partials, slots, row, N, COLUMN: tl.constexpr):
         share = tl.load(at + plane + N, mask=row < N, other=0.0)
         total = total * tl.exp(high - shift) + share * tl.exp(more - shift)
         high = higher
-    return high, tl.log(total)
+    return high, total
+
+
+@triton.jit
+def put_softmax(stats, n, N, COLUMN: tl.constexpr, high, total):
+    """Maximum, and the inverse of the sum."""
+    tl.store(stats + COLUMN * N + n, high, mask=n < N)
+    tl.store(stats + (COLUMN + 1) * N + n, tl.div_rn(tl.full(total.shape, 1.0, tl.float32), total), mask=n < N)
 
 
 @triton.jit(do_not_specialize=["N", "slots"])
@@ -136,34 +143,28 @@ def collect_kernel(
     NCE: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr, MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The log-sum-exps of BLOCK rows and columns, and the rows' shares of the InfoNCE."""
+    """What makes softmaxes of BLOCK rows and columns, and their shares of the InfoNCE."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = stats + n
     if S1 or S2:
-        high, log = collected_lse(partials, slots, n, N, LSE_A)
-        tl.store(row + LSE_A * N, high, mask=n < N)
-        tl.store(row + (LSE_A + 1) * N, log, mask=n < N)
+        high, total = collected(partials, slots, n, N, LSE_A)
+        put_softmax(stats, n, N, LSE_A, high, total)
     if S2:
-        high, log = collected_lse(partials, slots, n, N, LSE_F)
-        tl.store(row + LSE_F * N, high, mask=n < N)
-        tl.store(row + (LSE_F + 1) * N, log, mask=n < N)
+        high, total = collected(partials, slots, n, N, LSE_F)
+        put_softmax(stats, n, N, LSE_F, high, total)
     if S3:
-        high, log = collected_lse(partials, slots, n, N, LSE_I)
-        tl.store(row + LSE_I * N, high, mask=n < N)
-        tl.store(row + (LSE_I + 1) * N, log, mask=n < N)
-    high, log = collected_lse(partials, slots, n, N, LSE_L)
-    tl.store(row + LSE_L * N, high, mask=n < N)
-    tl.store(row + (LSE_L + 1) * N, log, mask=n < N)
+        high, total = collected(partials, slots, n, N, LSE_I)
+        put_softmax(stats, n, N, LSE_I, high, total)
+    high, total = collected(partials, slots, n, N, LSE_L)
+    put_softmax(stats, n, N, LSE_L, high, total)
     if NCE:
         if MASKED:
-            high, log = collected_lse(partials, slots, n, N, LSE_KEPT)
-        tl.store(row + LSE_KEPT * N, high, mask=n < N)
-        tl.store(row + (LSE_KEPT + 1) * N, log, mask=n < N)
-        column_high, column_log = collected_lse(partials, slots, n, N, LSE_COLUMN)
+            high, total = collected(partials, slots, n, N, LSE_KEPT)
+        put_softmax(stats, n, N, LSE_KEPT, high, total)
+        column_high, column_total = collected(partials, slots, n, N, LSE_COLUMN)
+        put_softmax(col_lse, n, N, 0, column_high, column_total)
         positive = tl.load(logits + n.to(tl.int64) * N + n, mask=n < N, other=0.0)
-        tl.store(col_lse + n, column_high, mask=n < N)
-        tl.store(col_lse + N + n, column_log, mask=n < N)
-        tl.store(entropies + n, (high - positive) + log + ((column_high - positive) + column_log), mask=n < N)
+        of_row, of_column = (high - positive) + tl.log(total), (column_high - positive) + tl.log(column_total)
+        tl.store(entropies + n, of_row + of_column, mask=n < N)
 
 
 @triton.jit
@@ -175,7 +176,7 @@ def difference(
     row = row0 + tl.arange(0, x.shape[1 - AXIS])
     px = softmax(x, stats, row0, N, X, AXIS)
     py = softmax(y, stats, row0, N, Y, AXIS)
-    s = sign_of_difference(x, y, px, py, ROUNDING)
+    s = sign_of_difference(x, y, px, py, ROUNDING, Y != LSE_L)
     put(partials, slot * SUM_PLANES + (SX - S1A), row, N, tl.sum(s * px, axis=AXIS))
     put(partials, slot * SUM_PLANES + (SY - S1A), row, N, tl.sum(s * py, axis=AXIS))
     return tl.sum(tl.abs(px - py))

@@ -64,7 +64,7 @@ def difference_gradients(
     px = softmax(x, stats, row0, N, X, AXIS)
     py = softmax(y, stats, row0, N, Y, AXIS)
     BLOCK: tl.constexpr = x.shape[1 - AXIS]
-    s = sign_of_difference(x, y, px, py, ROUNDING)
+    s = sign_of_difference(x, y, px, py, ROUNDING, Y != LSE_L)
     return g * px * (s - stat(stats, row0, N, SX, BLOCK, AXIS)), g * py * (stat(stats, row0, N, SY, BLOCK, AXIS) - s)
 
 
@@ -115,8 +115,8 @@ def weights_kernel(
         if NCE:
             g0 = term_gradient(grad_loss, grad_terms, w0, 0, LOSS, TERMS) / N
             high = tl.load(col_lse + m, mask=m < N, other=0.0)
-            log = tl.load(col_lse + N + m, mask=m < N, other=0.0)
-            by_column = tl.exp((logit - high[None, :]) - log[None, :])
+            inverse = tl.load(col_lse + N + m, mask=m < N, other=0.0)
+            by_column = tl.exp(logit - high[None, :]) * inverse[None, :]
             both = softmax(logit, stats, n0, N, LSE_KEPT, 1) + by_column
             if MASKED:
                 both = tl.where(leaves_denominators(a, n, m, threshold), 0.0, both)

@@ -3,10 +3,10 @@
 A, F and I are symmetric, so one tile of them serves two tiles of the terms: with AXIS 1 its rows (``n``) are the rows
 of the softmax, with AXIS 0 its columns (``m``) are. Of L both tiles are read, the second one transposed.
 
-``row_stats`` is kept as planes of N values, because tiles read it by plane: log-sum-exps of A, F, I, L, and of L
-without the masked pairs, each as (maximum, log of the sum), because their float32 sum would cost the softmax two
-digits; then the row sums of s1 P_A, s2 P_A, s2 P_F, s3 P_I, s1 P_L, s3 P_L with s1 = sign(P_A - P_L),
-s2 = sign(P_A - P_F), s3 = sign(P_I - P_L). Source: the formulas in ``fnac_kernels/README.md``.
+``row_stats`` is kept as planes of N values, because tiles read it by plane: of the rows of A, F, I, L, and of L
+without the masked pairs, (maximum, inverse of the sum of exponentials), because a log-sum-exp costs the softmax digits;
+then the row sums of s1 P_A, s2 P_A, s2 P_F, s3 P_I, s1 P_L, s3 P_L with s1 = sign(P_A - P_L), s2 = sign(P_A - P_F),
+s3 = sign(P_I - P_L). Source: the formulas in ``fnac_kernels/README.md``.
 """
 
 from __future__ import annotations
@@ -103,14 +103,20 @@ def stat(stats, row0, N, COLUMN: tl.constexpr, BLOCK: tl.constexpr, AXIS: tl.con
 
 @triton.jit
 def softmax(tile, stats, row0, N, COLUMN: tl.constexpr, AXIS: tl.constexpr):
-    """The row softmax of a tile whose rows are ``row0`` and the following."""
+    """The row softmax of a tile whose rows are ``row0`` and the following.
+
+    A tile that is made again, with other roundings, may exceed the maximum; of large values by much.
+    """
     BLOCK: tl.constexpr = tile.shape[1 - AXIS]
-    return tl.exp(tile - stat(stats, row0, N, COLUMN, BLOCK, AXIS) - stat(stats, row0, N, COLUMN + 1, BLOCK, AXIS))
+    x = tile - stat(stats, row0, N, COLUMN, BLOCK, AXIS)
+    return tl.exp(tl.where(x > 0, 0.0, x)) * stat(stats, row0, N, COLUMN + 1, BLOCK, AXIS)
 
 
 @triton.jit
-def sign_of_difference(x, y, px, py, ROUNDING: tl.constexpr):
+def sign_of_difference(x, y, px, py, ROUNDING: tl.constexpr, BOTH: tl.constexpr):
     """``sign(px - py)`` of the softmaxes of x and y, 0 where rounding may have decided it; never NaN.
+
+    y is read, not made again, and has no rounding of its own, unless BOTH are made.
 
     The backward makes the tiles again, with other roundings than the forward. A sign that is not the one that the row
     sums were made with leaves in the gradient what should cancel: of two equal pairs half a row. So what is within
@@ -118,7 +124,10 @@ def sign_of_difference(x, y, px, py, ROUNDING: tl.constexpr):
     large its logit, and of a logit of -inf the product is NaN, within which is nothing.
     """
     d = px - py
-    within = ROUNDING * (tl.abs(x) + tl.abs(y)) * tl.minimum(px, py)
+    size = tl.abs(x)
+    if BOTH:
+        size += tl.abs(y)
+    within = ROUNDING * size * tl.minimum(px, py)
     return tl.where(tl.abs(d) <= within, 0.0, tl.where(d > 0, 1.0, -1.0))
 
 
