@@ -177,8 +177,9 @@ def adjacency_contrastive(
     nce, fns_audio, tne, fns_visual = (sums[i] for i in range(4))  # unbind's views nobody may change in place
     if weights[0]:
         high, log, positives = parts[:, 4:].tensor_split(3, 1)
-        highest = high.detach().amax(0)
-        log = (high.detach() - _finite(highest) + log).logsumexp(0)
+        high = high.detach()
+        highest = high.amax(0)
+        log = (high - _finite(highest) + log).logsumexp(0)
         nce = nce + ((highest - positives.sum(0)) + log).mean()
     return Terms(nce, fns_audio, tne, fns_visual)
 

@@ -213,6 +213,7 @@ def distributed_fnac_loss(
             img_avg = img.mean(dim=(2, 3), dtype=logits.dtype)
         else:
             pooled = bool(weights[2] or weights[3])
+            # Of 16 bits again, as the kernels take them with the images: nothing is lost, they were gathered as that.
             logits, maps, img_avg, foreground, *_ = _ops.pooled_features(
                 img, sounds.to(aud.dtype), tau, fg_threshold, pooled, name
             )
